@@ -1,0 +1,679 @@
+"""Everything between the disk and the model: views (standard and heavy) and data.
+
+    python augment.py [IMAGE ...] --out views.png      draw the paper's Figure 7
+
+The way of a batch, all of it after the crop batched on the device and without a wait for it:
+
+    uint8 crops → standard(x) = SV → heavy(SV) = HV → normalize → model
+
+An SV (standard view) is a crop, flipped, jittered in colour, grey or blurred at random. An HV (heavy view, marked
+`hat`) is what a heavy policy makes of an SV, not of the image (Eq. 3 of the paper). So normalisation comes last.
+
+Every operation takes and gives floating-point (b, 3, h, w) in [0, 1], and draws for each image of the batch by
+itself. The draws are made on the host, where the numbers are known without asking the device. So a batch can be
+sorted by what each image drew, and every operation runs once, on its own images only (`by_choice`).
+
+DSSL: "Directional Self-supervised Learning for Heavy Image Augmentations", CVPR 2022.   RandAugment: arXiv 1909.13719
+UniformAugment: arXiv 2003.14348.   "released" below is the code that the authors of DSSL published.
+"""
+import argparse
+import functools
+import math
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torchvision import datasets, utils
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+
+# =====================================================================================================================
+# views: pixels in, pixels out
+# =====================================================================================================================
+
+# ------------------------------------------------------------------------------------------------- tools
+
+
+def like(t, x):
+    """A host tensor t where x lives, floats in x's precision. Pinned, since a pageable copy would wait for the GPU."""
+    t = t.to(x.dtype) if t.is_floating_point() else t
+    return t.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else t.to(x.device)
+
+
+def rand(x, *shape):
+    """Uniform [0, 1) draws for each image of x, (b, *shape), made on the host: the same on every device."""
+    return like(torch.rand(len(x), *shape), x)
+
+
+def column(v):
+    """(b,) → (b, 1, 1, 1), to meet (b, 3, h, w)."""
+    return v.view(-1, 1, 1, 1)
+
+
+def by_choice(x, choice, functions, *args):
+    """Give image i to functions[choice[i]], with row i of each of args.
+
+    x (b, 3, h, w); choice (b,) and args (b, ...) on the host. One call for each function that was drawn, none for the
+    others, and no image is computed for nothing: the batch is sorted by choice, cut, and put back in order.
+    """
+    order = choice.argsort(stable=True)
+    cuts = choice.bincount(minlength=len(functions)).tolist()
+    rows = zip(*(like(a, x).split(cuts) for a in (order, *(a[order] for a in args))))
+    parts = [f(x[i], *a) for f, n, (i, *a) in zip(functions, cuts, rows) if n]
+    return torch.cat(parts)[like(order.argsort(), x)]
+
+
+def level(x):
+    """[0, 1] → the 256 levels that an image file would have, as floats 0, 1, …, 255."""
+    return (x * 255).round()
+
+
+def gray(x):
+    """Luma as Pillow's mode "L" has it (ITU-R 601-2, rounded to a level): (b, 3, h, w) → (b, 1, h, w)."""
+    r, g, b = x.unbind(1)
+    return (level(0.299 * r + 0.587 * g + 0.114 * b) / 255)[:, None]
+
+
+def blend(other, x, v):
+    """From other (v = 0) over x (v = 1) and beyond: what Pillow's ImageEnhance does."""
+    return torch.lerp(other.expand_as(x), x, column(v)).clamp(0, 1)
+
+
+def pick(x, source_x, source_y):
+    """out[:, :, i, j] = x at (source_x, source_y)[i, j], black where that lies outside; sources (b, h, w)."""
+    h, w = x.shape[2:]
+    inside = (source_x >= 0) & (source_x < w) & (source_y >= 0) & (source_y < h)
+    index = (source_y.clamp(0, h - 1) * w + source_x.clamp(0, w - 1)).long().flatten(1)
+    return x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1)).view_as(x) * inside[:, None]
+
+
+def affine(x, a=1, b=0, c=0, d=0, e=1, f=0):
+    """Output pixel (x, y) shows input pixel (ax + by + c, dx + ey + f): Pillow's AFFINE, nearest, filled with black.
+
+    Each coefficient is a number or (b,), in pixels, for pixel centres at half-integers.
+    """
+    a, b, c, d, e, f = (v.float().view(-1, 1, 1) if torch.is_tensor(v) else v for v in (a, b, c, d, e, f))
+    ys = torch.arange(x.shape[2], device=x.device)[:, None] + 0.5
+    xs = torch.arange(x.shape[3], device=x.device)[None, :] + 0.5
+    grid = torch.zeros(len(x), *x.shape[2:], device=x.device)
+    return pick(x, (grid + a * xs + b * ys + c).floor(), (grid + d * xs + e * ys + f).floor())
+
+
+# ------------------------------------------------------------------------------------------------- operations
+# function(x, v): x (b, 3, h, w) in [0, 1], v (b,) the magnitude of each image, in the unit named in OPS below.
+
+
+def auto_contrast(x, v=None):
+    """Stretch each channel to the full range; a constant channel stays."""
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return torch.where(high > low, (x - low) / (high - low).clamp(min=1e-5), x)
+
+
+def equalize(x, v=None):
+    """Flatten each channel's histogram, with Pillow's integer arithmetic."""
+    pixels = level(x).long().flatten(2)  # b 3 (h w)
+    count = torch.zeros(*pixels.shape[:2], 256, device=x.device).scatter_add_(2, pixels, torch.ones_like(pixels).float())
+    last = count.gather(2, pixels.amax(2, keepdim=True))  # how many pixels have the brightest level
+    step = (count.sum(2, keepdim=True) - last).div(255, rounding_mode="floor")
+    before = count.cumsum(2) - count  # pixels darker than this level
+    table = ((step / 2).floor() + before).div(step.clamp(min=1), rounding_mode="floor").clamp(max=255)
+    out = (table.gather(2, pixels) / 255).view_as(x).to(x.dtype)
+    return torch.where(step[..., None] > 0, out, x)  # too few pixels or levels to spread: unchanged
+
+
+def rotate(x, v):
+    """Turn by v degrees around the centre, counter-clockwise."""
+    v = v.float() * (math.pi / 180)
+    cos, sin, cx, cy = v.cos(), v.sin(), x.shape[3] / 2, x.shape[2] / 2
+    return affine(x, cos, -sin, cx - cos * cx + sin * cy, sin, cos, cy - sin * cx - cos * cy)
+
+
+def posterize(x, v):
+    """Keep the v highest bits of 8; at least one, as the released code does."""
+    width = column(2 ** (8 - v.floor().clamp(min=1)))
+    return (level(x) / width).floor() * width / 255
+
+
+def solarize(x, v):
+    """Invert the levels from v on."""
+    return torch.where(level(x) >= column(v), 1 - x, x)
+
+
+def solarize_add(x, v):
+    """Brighten all levels by v, then invert the upper half of the range."""
+    x = (level(x) + column(v)).floor().clamp(max=255)
+    return torch.where(x >= 128, 255 - x, x) / 255
+
+
+def contrast(x, v):
+    return blend(level(gray(x).mean((2, 3), keepdim=True)) / 255, x, v)
+
+
+def sharpness(x, v):
+    """Away from (v > 1) or towards (v < 1) a smoothed image; the outermost pixels stay."""
+    smooth = x.clone()
+    smooth[..., 1:-1, 1:-1] = level((9 * F.avg_pool2d(x, 3, 1) + 4 * x[..., 1:-1, 1:-1]) / 13) / 255
+    return blend(smooth, x, v)
+
+
+def cutout(x, v):
+    """A grey square of v pixels a side around a random point, cut off at the borders; none for v = 0."""
+    h, w = x.shape[2:]
+    v, u = v.view(-1, 1, 1), rand(x, 2, 1, 1)
+    left, top = ((u[:, i] * side - v / 2).clamp(min=0).floor() for i, side in ((0, w), (1, h)))
+    xs, ys = torch.arange(w, device=x.device)[None, :], torch.arange(h, device=x.device)[:, None]
+    hole = (v > 0) & (xs >= left) & (xs <= left + v) & (ys >= top) & (ys <= top + v)  # both ends in, as ImageDraw has it
+    return torch.where(hole[:, None], constant((125 / 255, 123 / 255, 114 / 255), x.device, x.dtype), x)
+
+
+OPS = {
+    "AutoContrast": auto_contrast,
+    "Equalize": equalize,
+    "Invert": lambda x, v=None: 1 - x,
+    "Rotate": rotate,  # degrees
+    "Posterize": posterize,  # bits kept
+    "Solarize": solarize,  # threshold, 0–256
+    "SolarizeAdd": solarize_add,  # levels, 0–110
+    "Color": lambda x, v: blend(gray(x), x, v),  # this and the next three: factor, 1 is the identity
+    "Contrast": contrast,
+    "Brightness": lambda x, v: (x * column(v)).clamp(0, 1),
+    "Sharpness": sharpness,
+    "ShearX": lambda x, v: affine(x, b=v),  # slope
+    "ShearY": lambda x, v: affine(x, d=v),
+    "TranslateX": lambda x, v: affine(x, c=v),  # pixels
+    "TranslateY": lambda x, v: affine(x, f=v),
+    "Cutout": cutout,  # pixels
+    "Identity": lambda x, v=None: x,
+}
+
+# Which operations a policy draws from, each with its (low, high) range. The three differ much more than their names
+# say. "released" moves by up to 100 pixels whatever the image's size (at 32 px a magnitude of 10 of 30 already leaves
+# nothing of it), and at its low end it posterizes to one bit and solarizes everything: it is never weak. The paper's
+# numbers were obtained with it. The other two give pixels as a fraction of the image's side.
+SPACES = {
+    "released": {
+        "AutoContrast": (0, 0), "Equalize": (0, 0), "Invert": (0, 0), "Rotate": (0, 30), "Posterize": (0, 4),
+        "Solarize": (0, 256), "SolarizeAdd": (0, 110), "Color": (0.1, 1.9), "Contrast": (0.1, 1.9),
+        "Brightness": (0.1, 1.9), "Sharpness": (0.1, 1.9), "ShearX": (0, 0.3), "ShearY": (0, 0.3), "Cutout": (0, 40),
+        "TranslateX": (0, 100), "TranslateY": (0, 100),
+    },
+    "paper": {  # the RandAugment paper's 14, with torchvision's ranges (it rounds the bits, hence the halves)
+        "Identity": (0, 0), "AutoContrast": (0, 0), "Equalize": (0, 0), "Rotate": (0, 30), "Posterize": (8.5, 4.5),
+        "Solarize": (255, 0), "Color": (1, 1.9), "Contrast": (1, 1.9), "Brightness": (1, 1.9), "Sharpness": (1, 1.9),
+        "ShearX": (0, 0.3), "ShearY": (0, 0.3), "TranslateX": (0, 150 / 331), "TranslateY": (0, 150 / 331),
+    },
+    "uniform": {  # UniformAugment's 13, X and Y counted as one
+        "ShearX": (-0.3, 0.3), "ShearY": (-0.3, 0.3), "TranslateX": (-0.45, 0.45), "TranslateY": (-0.45, 0.45),
+        "Rotate": (-30, 30), "AutoContrast": (0, 0), "Invert": (0, 0), "Equalize": (0, 0), "Solarize": (0, 256),
+        "Posterize": (4, 8), "Contrast": (0.1, 1.9), "Color": (0.1, 1.9), "Brightness": (0.1, 1.9),
+        "Sharpness": (0.1, 1.9), "Cutout": (0, 0.2),
+    },
+}
+NEUTRAL = {"Rotate": 0, "ShearX": 0, "ShearY": 0, "TranslateX": 0, "TranslateY": 0,
+           "Color": 1, "Contrast": 1, "Brightness": 1, "Sharpness": 1}
+
+
+def operate(x, space, choice, strength):
+    """Take image i through operation choice[i] of the space (the index past the last: none).
+
+    x (b, 3, h, w); choice (b,) int64 and strength (b,) on the host. strength goes from the low (0) to the high (1) end
+    of the operation's range; below 0 it mirrors the range at its low end.
+    """
+    names = [*SPACES[space], "Identity"]
+    low, high = torch.tensor([*SPACES[space].values(), (0, 0)]).T
+    if space != "released":
+        pixels = torch.tensor([n.startswith("Translate") or n == "Cutout" for n in names])
+        low, high = (torch.where(pixels, end * x.shape[3], end) for end in (low, high))
+    return by_choice(x, choice, [OPS[n] for n in names], torch.lerp(low[choice], high[choice], strength))
+
+
+class RandAugment:
+    """RA(n, m): n operations one after the other, each drawn anew for every image, with replacement, at magnitude m.
+
+    m lies on the released code's scale of 0–30. Where a range starts at the neutral value of its operation, the sign
+    is drawn too. Note the order: Fig. 1's caption of the DSSL paper has it the other way round.
+    """
+
+    def __init__(self, n, m, space="released"):
+        if space not in ("released", "paper"):
+            raise ValueError(f"no RandAugment space '{space}': use released or paper")
+        if not (n >= 1 and 0 <= m <= 30):
+            raise ValueError(f"ra({n},{m}): the number of operations must be at least 1, the magnitude in 0–30")
+        self.n, self.m, self.space = n, m, space
+        self.mirrors = torch.tensor([NEUTRAL.get(name) == low for name, (low, _) in SPACES[space].items()])
+
+    def __call__(self, x):
+        for _ in range(self.n):
+            choice = torch.randint(len(self.mirrors), (len(x),))
+            minus = self.mirrors[choice] & (torch.rand(len(x)) < 0.5)
+            x = operate(x, self.space, choice, torch.where(minus, -1.0, 1.0) * (self.m / 30))
+        return x
+
+
+class UniformAugment:
+    """Two operations, each drawn for every image, kept with a probability that is itself uniform, at any magnitude."""
+
+    def __call__(self, x):
+        for _ in range(2):
+            choice = torch.randint(len(SPACES["uniform"]), (len(x),))
+            keep = torch.rand(len(x)) < torch.rand(len(x))
+            choice = torch.where(keep, choice, len(SPACES["uniform"]))
+            x = operate(x, "uniform", choice, torch.rand(len(x)))
+        return x
+
+
+class Jigsaw:
+    """Cut the image into n × n tiles and shuffle them, every image in its own way. No pixel is lost.
+
+    Where n does not divide the side, the cuts fall at whole pixels and only tiles of one size change places, as in
+    the released code's (albumentations') grid shuffle. Raises ValueError where tiles would be under two pixels.
+    """
+
+    def __init__(self, n):
+        if n < 1:
+            raise ValueError(f"jigsaw({n}): the number of tiles a side must be at least 1")
+        self.n = n
+
+    def __call__(self, x):
+        n, (b, _, h, w) = self.n, x.shape
+        if n > 1 and 2 * n > min(h, w):
+            raise ValueError(f"jigsaw({n}) needs images of {2 * n} px or more, and these have {min(h, w)}")
+        if h % n == w % n == 0:
+            tiles = rearrange(x, "b c (i h) (j w) -> b (i j) c h w", i=n, j=n)
+            tiles = tiles[like(torch.arange(b)[:, None], x), like(torch.rand(b, n * n).argsort(1), x)]
+            return rearrange(tiles, "b (i j) c h w -> b c (i h) (j w)", i=n)
+        y0, x0 = (torch.linspace(0, side, n + 1).long() for side in (h, w))  # where the tiles start, and the end
+        size = rearrange(y0.diff()[:, None] * (w + 1) + x0.diff(), "i j -> (i j)")  # one number for each (height, width)
+        source = torch.empty(b, n * n, dtype=torch.long)  # tile k shows what was in tile source[k]
+        source[:, size.argsort(stable=True)] = (size + torch.rand(b, n * n, dtype=torch.float64)).argsort(1)
+        rows, columns = (torch.arange(n).repeat_interleave(start.diff()) for start in (y0, x0))  # the tile of a pixel
+        tile = source[:, rows[:, None] * n + columns]  # b h w
+        source_y = y0[tile // n] + (torch.arange(h) - y0[rows])[:, None]
+        source_x = x0[tile % n] + (torch.arange(w) - x0[columns])
+        return pick(x, like(source_x, x), like(source_y, x))
+
+
+def parse_policy(text, size=None):
+    """A heavy policy from text, as a callable x → x.
+
+    ra(n,m), ra(n,m,paper), ua, jigsaw(n); a+b is a, then b; p*a|q*b is a or b, drawn for every image with the given
+    probabilities (equal ones, where none are given). Raises ValueError naming the part that it cannot read, or, where
+    the images' size is given, a Jigsaw too fine for it.
+    """
+    branches, chances = [], []
+    for branch in text.replace(" ", "").split("|"):
+        chance, star, steps = branch.rpartition("*")
+        if star and not re.fullmatch(r"\d*\.?\d+", chance):
+            raise ValueError(f"policy '{text}': cannot read the probability '{chance}'")
+        chances.append(float(chance) if star else None)
+        branches.append([_parse_step(step, text) for step in steps.split("+")])
+        for step in branches[-1]:
+            if size and isinstance(step, Jigsaw):
+                step(torch.zeros(1, 3, size, size))
+    if set(chances) == {None}:
+        chances = [1 / len(branches)] * len(branches)
+    if None in chances or abs(sum(chances) - 1) > 1e-6:
+        raise ValueError(f"policy '{text}': the probabilities before * must be given for every branch and add up to 1")
+    functions = [functools.partial(functools.reduce, lambda x, step: step(x), steps) for steps in branches]
+    if len(functions) == 1:
+        return functions[0]
+    return lambda x: by_choice(x, torch.tensor(chances).multinomial(len(x), replacement=True), functions)
+
+
+def _parse_step(step, text):
+    match = re.fullmatch(r"ra\((\d+),(\d+\.?\d*)(?:,(\w+))?\)|(ua)|jigsaw\((\d+)\)", step)
+    if not match:
+        raise ValueError(f"policy '{text}': cannot read '{step}'; known are ra(n,m), ra(n,m,paper), ua, jigsaw(n)")
+    n, m, space, ua, tiles = match.groups()
+    return UniformAugment() if ua else Jigsaw(int(tiles)) if tiles else RandAugment(int(n), float(m), space or "released")
+
+
+# ------------------------------------------------------------------------------------------------- standard views
+
+
+def crop_boxes(b, h, w, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
+    """b random boxes of an h × w image as (b, 4) int64: left, top, width, height (torchvision's RandomResizedCrop).
+
+    Ten candidates an image; the first that fits is taken, and if none does, the largest centred box of a legal ratio.
+    """
+    u = torch.rand(3, b, 10, generator=generator)
+    area = h * w * (scale[0] + (scale[1] - scale[0]) * u[0])
+    aspect = (math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[1]).exp()
+    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    first = ((width >= 1) & (width <= w) & (height >= 1) & (height <= h)).int()
+    fits, first = first.any(1), first.argmax(1, keepdim=True)
+    width, height = (torch.where(fits, side.gather(1, first)[:, 0], fallback) for side, fallback in (
+        (width, min(w, max(1, round(h * ratio[1])))), (height, min(h, max(1, round(w / ratio[0]))))))
+    where = torch.where(fits[:, None], torch.rand(b, 2, generator=generator), 0.5)
+    left, top = (where[:, 0] * (w - width + 1)).floor(), (where[:, 1] * (h - height + 1)).floor()
+    return torch.stack([left, top, width, height], 1).long()
+
+
+def random_resized_crop(x, size, scale=(0.2, 1.0), generator=None):
+    """A random box of every image, resized to size × size; (b, 3, h, w) uint8 or float → the same type.
+
+    Resizing is linear in the rows and in the columns, so it is two small matrices an image: a triangle filter that
+    widens when it shrinks the image (Pillow's antialiased bilinear) and that ends at the edge of the box.
+    """
+    b, _, h, w = x.shape
+    left, top, width, height = like(crop_boxes(b, h, w, scale, generator=generator), x)[..., None, None].unbind(1)
+
+    def weights(start, length, side):  # b size side
+        step = length / size
+        centre = start + (torch.arange(size, device=x.device)[:, None] + 0.5) * step
+        pixel = torch.arange(side, device=x.device)
+        share = (1 - (pixel + 0.5 - centre).abs() / step.clamp(min=1)).clamp(min=0)
+        share = share * ((pixel >= start) & (pixel < start + length))
+        return (share / share.sum(-1, keepdim=True))[:, None]
+
+    out = weights(top, height, h) @ x.float() @ weights(left, width, w).mT
+    return out.round().clamp(0, 255).to(x.dtype) if x.dtype == torch.uint8 else out.to(x.dtype)
+
+
+def flip(x, p=0.5):
+    """Mirror each image left to right with probability p."""
+    return torch.where(column(rand(x)) < p, x.flip(3), x)
+
+
+def hue(x, v):
+    """Turn the hue by v (b,) turns, in [-0.5, 0.5], over HSV as Pillow and torchvision do."""
+    r, g, b = x.unbind(1)
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    sector = torch.where(value == r, g - b, torch.where(value == g, b - r, r - g)) / chroma.clamp(min=1e-6)
+    sector = sector + torch.where(value == r, 0, torch.where(value == g, 2, 4)) + 6 * v.view(-1, 1, 1)  # b h w
+    offset = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)  # 5, 3, 1 for red, green, blue
+    k = (offset + sector[:, None]).remainder(6)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def color_jitter(x, strength=(0.4, 0.4, 0.4, 0.1), p=0.8):
+    """Brightness, contrast, saturation and hue, with probability p, in an order that each image draws."""
+    b = len(x)
+    u = torch.rand(b, 4) * 2 - 1
+    factor = u * torch.tensor(strength) + torch.tensor([1, 1, 1, 0])
+    order = torch.rand(b, 4).argsort(1)
+    apply = torch.rand(b) < p
+    functions = [OPS["Brightness"], OPS["Contrast"], OPS["Color"], hue, OPS["Identity"]]
+    for which in order.T:
+        x = by_choice(x, torch.where(apply, which, 4), functions, factor.gather(1, which[:, None])[:, 0])
+    return x
+
+
+def gaussian_blur(x, sigma):
+    """Blur each image by its own sigma (b,), in pixels; also two matrices an image, renormalised at the borders."""
+    for side in (3, 2):  # along the columns, then (transposed) along the rows
+        at = torch.arange(x.shape[side], device=x.device)
+        w = (-((at[:, None] - at) / sigma.view(-1, 1, 1)) ** 2 / 2).exp()
+        x = (x @ (w / w.sum(2, keepdim=True)).mT[:, None].to(x.dtype)).mT
+    return x
+
+
+def standard(x, flips=True, blur=False):
+    """Standard views of crops, (b, 3, h, w) in [0, 1]: flip, colour jitter, grayscale, blur (App. A.1).
+
+    The paper's text has blur everywhere; its CIFAR-10 code and SimSiam's have none at 32 px, and neither have we.
+    """
+    x = flip(x) if flips else x
+    x = color_jitter(x)
+    x = torch.where(column(rand(x)) < 0.2, gray(x), x)
+    if blur:
+        x = by_choice(x, (torch.rand(len(x)) < 0.5).long(), [OPS["Identity"], gaussian_blur], 0.1 + 1.9 * torch.rand(len(x)))
+    return x
+
+
+@functools.cache
+def constant(values, device, dtype):
+    """(3,) values as a (3, 1, 1) tensor that is made once for each device, so that later calls need no copy."""
+    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
+
+
+def normalize(x):
+    """[0, 1] → zero mean and unit deviation by ImageNet's statistics, for all data: then a backbone can go anywhere."""
+    mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return (x - constant(mean, x.device, x.dtype)) / constant(std, x.device, x.dtype)
+
+
+# =====================================================================================================================
+# data: files in, uint8 batches out
+# =====================================================================================================================
+
+RESIDENT = 64  # up to this many pixels a side, a data set is read once and lives on the device as one uint8 tensor
+
+
+class Data(NamedTuple):
+    images: torch.Tensor | list  # (n, 3, size, size) uint8, or n paths to stream
+    labels: torch.Tensor | None  # (n,) int64; None where there are none
+    classes: list  # their names
+
+
+def load_data(data, root, size, download=True):
+    """(train, test) by name (glyphs, cifar10, imagenet) or from a folder; test is None where there are no labels.
+
+    Up to RESIDENT pixels of `size`, images are read here; beyond it only their paths are. Raises ValueError or OSError,
+    with one line that says what is wrong and which layout is expected.
+    """
+    if data == "glyphs":
+        return glyphs(8192, size, seed=0), glyphs(1024, size, seed=1)
+    folder = Path(root, data) if data in ("cifar10", "imagenet") else Path(data)
+    if data == "cifar10" and not folder.exists():
+        return tuple(_torchvision_cifar10(root, train, size, download) for train in (True, False))
+    layout = f"expected {folder}/train/<class>/<image> and {folder}/val/<class>/<image> (or test/ for val/)"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: {layout}")
+    val = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), folder / "val")
+    if not (folder / "train").exists() and not val.exists() and data != "imagenet":  # then it is images without labels
+        paths = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+        if not paths:
+            raise FileNotFoundError(f"no images in {folder}: {layout}, or images without labels anywhere below it")
+        return Data(_read_all(paths, size) if size <= RESIDENT else paths, None, []), None
+    try:
+        sets = [datasets.ImageFolder(folder / "train"), datasets.ImageFolder(val)]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{' '.join(str(error).split())} {layout}") from None
+    if sets[0].classes != sets[1].classes:
+        odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))
+        raise ValueError(f"the classes in {folder}/train and {val} differ, in {odd[0]} for one: {layout}")
+    return tuple(
+        Data(_read_all(paths, size) if size <= RESIDENT else paths, torch.tensor(s.targets), s.classes)
+        for s in sets for paths in [[path for path, _ in s.samples]])
+
+
+def _torchvision_cifar10(root, train, size, download):
+    try:
+        found = datasets.CIFAR10(root, train=train, download=download)
+    except (RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f"no CIFAR-10 in {root} ({' '.join(str(error).split())[:80]}): put it there as cifar10/train/<class>/<image> and "
+            f"cifar10/test/<class>/<image>, or fetch it once, in a single process, by: python -c \"import torchvision; "
+            f"torchvision.datasets.CIFAR10('{root}', download=True)\"") from None
+    images = rearrange(torch.from_numpy(found.data), "n h w c -> n c h w").contiguous()
+    return Data(resize(images, size) if size != 32 else images, torch.tensor(found.targets), found.classes)
+
+
+def read_image(path):
+    """The file as an RGB Pillow image."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _read_all(paths, size):
+    """n files → (n, 3, size, size) uint8: the shorter side to `size`, then the centre."""
+    def read(path):
+        return pil_to_tensor(center_crop(resize(read_image(path), size), size))
+    with ThreadPoolExecutor() as pool:
+        return torch.stack(list(pool.map(read, paths)))
+
+
+def generator(*key):
+    """A random stream of its own for each key of integers, such as (seed, epoch, index): nothing has to be saved."""
+    return torch.Generator().manual_seed(hash((0xDA7A, *key)))  # apart from the training loop's own seeds
+
+
+class TrainLoader:
+    """One epoch of training batches: uint8 crops (b, crops, 3, size, size) and labels (b,), both on the device.
+
+    batch is the global one; each rank gets its share of every global batch, the last images that fill none are left
+    to another epoch. The order comes from (seed, epoch) alone, and so does every crop, with the image's number for
+    streamed images and the step and rank for those on the device. set_epoch(e, first=s) goes on at step s.
+    """
+
+    def __init__(self, data, batch, crops, size, scale=(0.2, 1.0), seed=0, rank=0, world=1, device="cpu", workers=0):
+        self.data, self.batch, self.crops, self.size, self.scale = data, batch, crops, size, scale
+        self.seed, self.rank, self.world, self.device = seed, rank, world, device
+        self.order = []  # this rank's rows: a list of (epoch, index) for each step
+        if torch.is_tensor(data.images):
+            self.images = data.images.to(device)
+        else:
+            self.stream = torch.utils.data.DataLoader(
+                _Crops(data, crops, size, scale, seed), batch_sampler=self.order, num_workers=workers,
+                persistent_workers=workers > 0, pin_memory=torch.device(device).type == "cuda")
+        self.set_epoch(0)
+
+    def __len__(self):
+        return len(self.data.images) // self.batch
+
+    def set_epoch(self, epoch, first=0):
+        n, steps = len(self.data.images), len(self)
+        order = torch.randperm(n, generator=generator(self.seed, epoch))[: steps * self.batch]
+        order = rearrange(order, "(step rank b) -> step rank b", step=steps, rank=self.world)[first:, self.rank]
+        self.epoch, self.first = epoch, first
+        self.order[:] = [[(epoch, i) for i in row] for row in order.tolist()]  # in place: the stream holds this list
+
+    def __iter__(self):
+        if not torch.is_tensor(self.data.images):
+            for crops, labels in self.stream:
+                yield crops.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            return
+        for step, row in enumerate(self.order, self.first):
+            rows, g = torch.tensor([i for _, i in row]), generator(self.seed, self.epoch, step, self.rank)
+            x = self.images[like(rows, self.images)]
+            crops = torch.stack([random_resized_crop(x, self.size, self.scale, g) for _ in range(self.crops)], 1)
+            labels = torch.zeros(len(rows), dtype=torch.long) if self.data.labels is None else self.data.labels[rows]
+            yield crops, like(labels, x)
+
+
+class _Crops(torch.utils.data.Dataset):
+    """What a worker does: decode once, crop, and nothing else. Indexed by (epoch, index)."""
+
+    def __init__(self, data, crops, size, scale, seed):
+        self.data, self.crops, self.size, self.scale, self.seed = data, crops, size, scale, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image = read_image(self.data.images[index])
+        boxes = crop_boxes(self.crops, image.height, image.width, self.scale, generator=generator(self.seed, epoch, index))
+        crops = [image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
+                 for x, y, w, h in boxes.tolist()]
+        return torch.stack([pil_to_tensor(c) for c in crops]), 0 if self.data.labels is None else self.data.labels[index]
+
+
+class EvalLoader:
+    """This rank's share of a labelled data set: uint8 (b, 3, size, size) and labels (b,) on the device.
+
+    Every image comes once, on one rank, and none is dropped or repeated, so the ranks' numbers may differ by one.
+    Streamed images have their shorter side resized to 8/7 of size (256 for 224) and are cropped to the centre.
+    """
+
+    def __init__(self, data, batch, size, rank=0, world=1, device="cpu", workers=0):
+        self.data, self.batch, self.device = data, batch, device
+        self.mine = range(rank, len(data.images), world)
+        if not torch.is_tensor(data.images):
+            self.stream = torch.utils.data.DataLoader(
+                _Centres(data, size, self.mine), batch, num_workers=workers, pin_memory=torch.device(device).type == "cuda")
+
+    def __len__(self):
+        return -(-len(self.mine) // self.batch)
+
+    def __iter__(self):
+        images, labels = self.data.images, self.data.labels
+        rows = torch.tensor(self.mine).split(self.batch) if len(self.mine) else []
+        for x, y in ((images[i], labels[i]) for i in rows) if torch.is_tensor(images) else self.stream:
+            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+
+class _Centres(torch.utils.data.Dataset):
+    def __init__(self, data, size, rows):
+        self.data, self.size, self.rows = data, size, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, k):
+        image = center_crop(resize(read_image(self.data.images[self.rows[k]]), round(self.size * 8 / 7)), self.size)
+        return pil_to_tensor(image), self.data.labels[self.rows[k]]
+
+
+def glyphs(n, size, seed):
+    """n letters and digits, warped, tinted and noisy, drawn in memory: a data set that every machine has.
+
+    36 classes. The ground says nothing about the class; only the figure does, and the warps hide its pixels well enough
+    that an untrained network finds few of them.
+    """
+    g = torch.Generator().manual_seed(seed)
+    classes, font = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), ImageFont.load_default(44)
+    stencils = []
+    for character in classes:
+        image = Image.new("L", (64, 64))
+        ImageDraw.Draw(image).text((32, 32), character, fill=255, font=font, anchor="mm")
+        stencils.append(pil_to_tensor(image) / 255)
+    labels = torch.randint(len(classes), (n,), generator=g)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=g)
+
+    turn, zoom, shear = uniform(-0.4, 0.4), uniform(0.6, 0.95), uniform(-0.35, 0.35)
+    warp = torch.stack([turn.cos() * zoom, (shear - turn.sin()) * zoom, uniform(-0.25, 0.25),
+                        turn.sin() * zoom, turn.cos() * zoom, uniform(-0.25, 0.25)], 1).view(n, 2, 3)
+    grid = F.affine_grid(warp, (n, 1, 2 * size, 2 * size), align_corners=False)
+    ink = F.avg_pool2d(F.grid_sample(torch.stack(stencils)[labels], grid, align_corners=False), 2)
+    # faint tints: with stronger ones an image can be told by its colour alone, and then nothing else is learnt
+    paper = uniform(0.7, 0.9, 1, 1, 1) + uniform(-0.08, 0.08, 3, 1, 1)
+    images = torch.lerp(paper, uniform(0, 0.3, 1, 1, 1), ink) + 0.06 * torch.randn(n, 3, size, size, generator=g)
+    return Data((images.clamp(0, 1) * 255).round().to(torch.uint8), labels, classes)
+
+
+# =====================================================================================================================
+# python augment.py: look at the views
+# =====================================================================================================================
+
+
+def draw_views(rows, path, scale=1):
+    """Save {caption: (n, 3, h, w) in [0, 1]} as one picture, a row each with its caption above it."""
+    strips = []
+    for caption, x in rows.items():
+        x = F.interpolate(x.float().cpu(), scale_factor=scale)
+        strip = utils.make_grid(x, nrow=len(x), padding=2, pad_value=1)
+        label = Image.new("RGB", (strip.shape[2], 16), "white")
+        ImageDraw.Draw(label).text((3, 1), caption, fill="black", font=ImageFont.load_default(12))
+        strips += [pil_to_tensor(label) / 255, strip]
+    utils.save_image(torch.cat(strips, 1), path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw standard and heavy views: Figure 7 of the paper.")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files; without any, glyphs are drawn")
+    parser.add_argument("--size", type=int, help="pixels a side (default 224, glyphs 24)")
+    parser.add_argument("--heavy", nargs="+", metavar="POLICY", default=["ra(2,5)+jigsaw(4)", "ra(8,16)", "ua"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="views.png")
+    args = parser.parse_args()
+    try:
+        torch.manual_seed(args.seed)
+        policies = {text: parse_policy(text) for text in args.heavy}
+        size = args.size or (224 if args.images else 24)
+        x = _read_all(args.images, size) if args.images else glyphs(10, size, args.seed).images
+        sv = standard(random_resized_crop(x, size) / 255, flips=bool(args.images), blur=size > RESIDENT)
+        rows = {"Original image": x / 255, "Standard view": sv} | {f"+ {text}": heavy(sv) for text, heavy in policies.items()}
+        draw_views(rows, args.out, scale=max(1, 96 // size))
+    except (ValueError, OSError) as error:
+        sys.exit(f"augment.py: {error}")
+    print(f"{args.out}: {len(rows)} rows of {len(x)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,518 @@
+"""SimCLR, and what DSSL makes of it: heavy augmentations help more than they do by themselves.
+
+Two standard views (SV) of an image learn from each other, SV ↔ SV. A heavy view (HV, marked `hat`) is derived from
+one SV, only ever learns from that SV, and is never a target itself: SV ← HV.
+
+    python simclr_dssl.py                                             letters and digits, on any machine, in minutes
+    python simclr_dssl.py --data cifar10 --weights 1 0 0 0            plain SimCLR on CIFAR-10
+    torchrun --nproc_per_node=8 simclr_dssl.py --data imagenet        DSSL on ImageNet
+
+SimCLR: arXiv 2002.05709.   DSSL: "Directional Self-supervised Learning for Heavy Image Augmentations", CVPR 2022.
+Dimensions: b images on this rank, v views, c channels, h × w pixels, d features, q queries, n bank, k neighbours.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torchvision import models
+
+import augment
+
+# ------------------------------------------------------------------------------------------------- loss
+
+
+def D(p, z):
+    """Negative cosine similarity, (b, d) and (b, d) → scalar in [-1, 1]. The target z gets no gradient."""
+    return -F.cosine_similarity(p.float(), z.detach().float(), dim=-1).mean()
+
+
+def nt_xent(z1, z2, temperature):
+    """NT-Xent (Eq. 1 of SimCLR): each of the 2b views picks its other view among the 2b - 1 that are not itself.
+
+    z1, z2: (b, d) projections of two views, row i of both from image i → scalar, the mean over the 2b. Equal
+    projections give ln(2b - 1). Under DDP pass the rows of all ranks, gathered with their gradient.
+    """
+    z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # 2b × 2b; nobody is its own negative
+    b = len(z1)
+    other = torch.arange(2 * b, device=z.device).roll(b)  # where a row's other view is
+    return F.cross_entropy(logits, other)
+
+
+def dssl_loss(z, z_hat=None, temperature=0.5, weights=(1, 0, 1, 0)):
+    """Eq. 6 of the DSSL paper: alpha SV ↔ SV + beta HV ↔ HV + gamma SV ← HV + delta HV ← SV.
+
+    z: projections of two SVs, a pair of (b, d); z_hat: those of the two HVs, each derived from the SV at its own place.
+    A pair that no weight needs may be None. The default weights are DSSL (Eq. 5), (1, 0, 0, 0) is plain SimCLR.
+    ↔ is NT-Xent. ← has no negatives (App. B: 2n² becomes 2n² + 2n): HVs are in nobody's denominator. That its target
+    gets no gradient is our reading: the paper does not say so for SimCLR, but without it nothing would be directional.
+    """
+    alpha, beta, gamma, delta = weights
+    loss = 0
+    if alpha:
+        loss = loss + alpha * nt_xent(z[0], z[1], temperature)  # SV ↔ SV
+    if beta:
+        loss = loss + beta * nt_xent(z_hat[0], z_hat[1], temperature)  # HV ↔ HV
+    if gamma:
+        loss = loss + gamma * (D(z_hat[0], z[0]) + D(z_hat[1], z[1])) / 2  # SV ← HV
+    if delta:
+        loss = loss + delta * (D(z[0], z_hat[0]) + D(z[1], z_hat[1])) / 2  # HV ← SV
+    return loss
+
+
+class Gather(torch.autograd.Function):
+    """(b, d) on each rank → the rows of all ranks, (world · b, d), with a gradient.
+
+    Every rank computes the loss of all rows, so the gradients of all ranks are added up before each takes its own rows;
+    DDP's mean over ranks then makes it that of a single process. A gather that keeps the local gradient only is wrong.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+# ------------------------------------------------------------------------------------------------- model
+
+
+def make_backbone(arch, stem):
+    """torchvision's ResNet without fc, (b, 3, h, w) → (b, d), and its d. Key names and shapes are torchvision's.
+
+    stem "cifar", for images of 32 px or so: the first convolution is 3 × 3 with stride 1, and there is no max-pool.
+    "small" is our own: four basic blocks of 32 to 256 channels behind a 3 × 3 convolution with stride 2, for CPUs.
+    """
+    if arch == "small":
+        net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+        net.conv1, net.bn1, net.maxpool = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.Identity()
+        net.inplanes, d = 32, 256
+        for i, width in enumerate((32, 64, 128, 256)):
+            setattr(net, f"layer{i + 1}", net._make_layer(models.resnet.BasicBlock, width, 1, stride=1 if i == 0 else 2))
+    else:  # a residual branch that starts at zero is SimSiam's for ImageNet, PyTorch's plain start its CIFAR code's
+        net = getattr(models, arch)(zero_init_residual=stem == "imagenet")
+        d = net.fc.in_features
+        if stem == "cifar":
+            net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    net.fc = nn.Identity()
+    return net, d
+
+
+class SimCLR(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.backbone, d = make_backbone(args.arch, args.stem)
+        self.projector = nn.Sequential(
+            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(inplace=True),
+            nn.Linear(d, args.dim, bias=False), nn.BatchNorm1d(args.dim))
+        self.projector[-1].bias.requires_grad_(False)  # stays 0, as in the original
+
+    def forward(self, v, v_hat):
+        """Lists of views → what dssl_loss takes, and all projections (v, b, d) for the collapse monitor.
+
+        One view at a time, SVs first: BN statistics are those of one view. All views in one call: DDP wants one forward
+        for each backward.
+        """
+        z = [self.projector(self.backbone(x)) for x in v + v_hat]
+        return (z[: len(v)], z[len(v) :]), torch.stack(z).detach()
+
+
+class LARS(torch.optim.SGD):
+    """SGD with steps in proportion to the weights: lr · 0.001 · ‖w‖ / ‖g‖ for each tensor (arXiv 1708.03888).
+
+    g is the gradient with weight decay. Tensors with fewer than two dimensions (biases, BN) get neither.
+    """
+
+    def __init__(self, params, lr, momentum, weight_decay):
+        super().__init__(params, lr, momentum=momentum)
+        self.decay = weight_decay
+
+    @torch.no_grad()
+    def step(self):
+        for w in (w for group in self.param_groups for w in group["params"] if w.grad is not None and w.ndim > 1):
+            g = w.grad.add_(w, alpha=self.decay)
+            trust = 0.001 * w.norm() / g.norm()
+            g.mul_(torch.where(trust.isfinite() & (trust > 0), trust, 1))
+        super().step()
+
+
+# ------------------------------------------------------------------------------------------------- recipes
+# --data NAME brings its row, any flag overrides its entry. lr is for 256 images and scales with the batch. dim is the
+# projector's, k and knn_every (epochs) are the monitor's. CIFAR-10: SimSiam's recipe, as DSSL has it (§4.2). ImageNet:
+# that of the SimCLR code that DSSL used, with DSSL's SVs (App. A.1). Glyphs: found by trial.
+
+RECIPES = {
+    "glyphs": dict(
+        arch="small", stem="cifar", size=24, crop=0.2, batch=64, epochs=8, lr=0.24, wd=5e-4, warmup=0, flip=False, blur=False,
+        heavy="ra(2,5)", k=50, knn_every=1, dim=128, temperature=0.5, lars=False),
+    "cifar10": dict(
+        arch="resnet18", stem="cifar", size=32, crop=0.2, batch=512, epochs=800, lr=0.03, wd=5e-4, warmup=0, flip=True, blur=False,
+        heavy="ra(2,5)", k=200, knn_every=10, dim=128, temperature=0.5, lars=False),
+    "imagenet": dict(
+        arch="resnet50", stem="imagenet", size=224, crop=0.2, batch=512, epochs=100, lr=0.3, wd=1e-6, warmup=10, flip=True, blur=True,
+        heavy="0.9*ra(2,5)|0.1*jigsaw(4)", k=200, knn_every=5, dim=128, temperature=0.1, lars=True),
+}
+
+# ------------------------------------------------------------------------------------------------- kNN monitor
+
+
+def nearest(query, bank, labels, k):
+    """Similarities and labels of the k bank rows nearest to each query, (q, k) each; -inf where the bank is short.
+
+    query (q, d) and bank (n, d) are ℓ2-normalised, labels (n,).
+    """
+    similarity, index = (query @ bank.T).float().topk(min(k, len(bank)))
+    short = (0, k - similarity.shape[1])
+    return F.pad(similarity, short, value=-torch.inf), F.pad(labels[index], short)
+
+
+def vote(similarity, label, classes, t):
+    """Each neighbour votes for its label with weight exp(similarity / t): (q, k) and (q, k) → (q,) labels."""
+    votes = torch.zeros(len(label), classes, device=label.device)
+    return votes.scatter_add_(1, label, (similarity / t).exp()).argmax(1)
+
+
+def knn_predict(query, bank, labels, classes, k=200, t=0.1):
+    """Weighted nearest-neighbour classification by cosine similarity (Wu et al., arXiv 1805.01978).
+
+    query (q, d), bank (n, d), labels (n,) in [0, classes) → (q,) labels. k is clamped to the bank. Works in slices,
+    so that the full q × n similarities are never in memory.
+    """
+    bank, k = F.normalize(bank, dim=1), min(k, len(bank))
+    return torch.cat([vote(*nearest(q, bank, labels, k), classes, t) for q in F.normalize(query, dim=1).split(256)])
+
+
+def all_rows(x):
+    """(b, …) on each rank, b up to the rank → (sum of all b, …) on every rank, without gradient."""
+    sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+    longest = max(sizes).item()
+    parts = [x.new_empty(longest, *x.shape[1:]) for _ in sizes]
+    dist.all_gather(parts, torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])]))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+
+@torch.no_grad()
+def features(backbone, loader):
+    """ℓ2-normalised features and labels of this rank's share of the images, (n, d) and (n,), with BN in eval mode."""
+    device, was_training, out = next(backbone.parameters()).device, backbone.training, []
+    backbone.eval()
+    for x, y in loader:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            out.append((F.normalize(backbone(augment.normalize(x.float() / 255)).float(), dim=1), y))
+    backbone.train(was_training)
+    if not out:
+        raise ValueError("a rank without images: use fewer ranks, or more images")
+    x, y = (torch.cat(part) for part in zip(*out))
+    return x.half() if x.is_cuda else x, y  # a bank of ImageNet's size in half precision: 5 GB over all ranks
+
+
+@torch.no_grad()
+def knn_accuracy(backbone, bank_loader, query_loader, classes, k=200, t=0.1):
+    """kNN top-1 in percent over all queries of all ranks, the same number on every rank.
+
+    Each rank keeps its share of the bank, finds its own k nearest for everyone's queries, and the best k of these
+    world × k candidates vote. Every rank must hold the same weights and BN buffers (see sync_buffers).
+    """
+    (bank, labels), (mine, truth) = features(backbone, bank_loader), features(backbone, query_loader)
+    k = min(k, len(all_rows(labels)))
+    query, truth = all_rows(mine), all_rows(truth)
+    right = 0
+    for q, y in zip(query.split(256), truth.split(256)):
+        similarity, label = (
+            rearrange(all_rows(x[None]), "rank q k -> q (rank k)") for x in nearest(q, bank, labels, k))
+        similarity, best = similarity.topk(k)
+        right += (vote(similarity, label.gather(1, best), classes, t) == y).sum()
+    return 100 * right.item() / len(truth)
+
+
+def sync_buffers(model):
+    """Rank 0's BN statistics for everybody: without SyncBN each rank has its own, and would be another network."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
+# ------------------------------------------------------------------------------------------------- train
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, and under torchrun from one rank
+        self.exit(2, f"{self.prog}: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
+
+
+def number(kind, low, high=math.inf):
+    """A parser of one int or float from low to high, infinity excluded."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not " + (f"{low} or more" if high == math.inf else f"in [{low}, {high}]"))
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def fail(message):
+    """End with exit code 1 and one line, printed by rank 0."""
+    sys.exit(f"{Path(__file__).name}: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def parse_args(argv=None):
+    """The complete settings, recipe filled in, or an exit with one line that says what to change."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    add, recipe = parser.add_argument, parser.add_argument_group("recipe, where the default is that of --data").add_argument
+    add("--data", default="glyphs", help="glyphs (default), cifar10, imagenet, or the path of a folder of images")
+    add("--recipe", choices=RECIPES, help="whose settings to take, where not those of --data; a folder needs it")
+    add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it (default: data)")
+    add("--weights", nargs=4, type=number(float, 0), default=[1, 0, 1, 0], metavar=tuple("ABCD"), help="alpha, beta, gamma, delta of Eq. 6 (default: 1 0 1 0, DSSL)")
+    add("--pairs", type=number(int, 1), default=1, help="pairs of SVs an image; --weights 1 0 0 0 --pairs 2 costs what DSSL does")
+    add("--hv-from", choices=["sv", "image"], default="sv", help="make HVs of their own SVs (default), or of fresh ones")
+    add("--out", help="folder to write into, and to go on from (default: under runs/, by the settings)")
+    add("--seed", type=number(int, 0), default=0, help="of all that is random (default: 0)")
+    add("--workers", type=number(int, 0), default=8, help="processes a rank that read streamed images (default: 8)")
+    recipe("--arch", choices=["small", "resnet18", "resnet34", "resnet50", "resnet101"], help="backbone")
+    recipe("--stem", choices=["cifar", "imagenet"], help="3 × 3 convolution and no max-pool, or 7 × 7 and max-pool")
+    recipe("--size", type=number(int, 8), help="pixels a side of a view")
+    recipe("--crop", type=number(float, 0.01, 1), help="smallest crop, as a share of the image's area")
+    recipe("--batch", type=number(int, 2), help="images a step, over all ranks")
+    recipe("--epochs", type=number(int, 1), help="passes over the images")
+    recipe("--lr", type=number(float, 0), help="learning rate for a batch of 256; it scales with the batch")
+    recipe("--wd", type=number(float, 0), help="weight decay")
+    recipe("--warmup", type=number(float, 0), help="epochs of linear warm-up before the cosine")
+    recipe("--flip", action=argparse.BooleanOptionalAction, help="mirror SVs at random")
+    recipe("--blur", action=argparse.BooleanOptionalAction, help="blur SVs at random")
+    recipe("--heavy", metavar="POLICY", help="SV → HV: ra(n,m), ra(n,m,paper), ua, jigsaw(n), a+b (a, then b), 0.9*a|0.1*b (a or b)")
+    recipe("--k", type=number(int, 1), help="neighbours of the kNN monitor")
+    recipe("--knn-every", type=number(int, 1), help="epochs from one kNN monitor to the next")
+    recipe("--dim", type=number(int, 1), help="features of the projections")
+    recipe("--temperature", type=number(float, 0.001), help="of NT-Xent")
+    recipe("--lars", action=argparse.BooleanOptionalAction, help="LARS for the optimizer, not plain SGD")
+    args = parser.parse_args(argv)
+
+    args.recipe = args.recipe or args.data
+    if args.recipe not in RECIPES:
+        parser.error(f"--data {args.data} is none of {', '.join(RECIPES)}: for a folder of images, add --recipe with one of them")
+    given = [f"{key}{value}" for key, value in vars(args).items() if value != parser.get_default(key)
+             and key not in ("data", "recipe", "root", "weights", "heavy", "workers")]
+    for key, value in RECIPES[args.recipe].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if not any(args.weights):
+        parser.error("--weights are all 0: there is nothing to learn; DSSL is 1 0 1 0")
+    if args.batch % world or args.batch < 2 * world:
+        parser.error(f"--batch {args.batch} does not divide by the {world} ranks into 2 or more images each")
+    if args.warmup >= args.epochs:
+        parser.error(f"--warmup {args.warmup:g} is not shorter than --epochs {args.epochs}")
+    try:
+        augment.parse_policy(args.heavy, args.size)
+    except ValueError as error:
+        parser.error(f"--heavy: {error}")
+    if not args.out:  # a folder of its own for every setting that was given
+        name = [Path(__file__).stem, Path(args.data).name, *(f"{w:g}" for w in args.weights), args.heavy, *given]
+        args.out = "runs/" + re.sub(r"[^\w.]+", "-", "-".join(name)).strip("-")
+    return args
+
+
+TERMS = ("SV ↔ SV", "HV ↔ HV", "SV ← HV", "HV ← SV")  # of Eq. 6, in the order of its weights
+
+
+def in_words(args):
+    """What the weights amount to, such as "DSSL: SV ↔ SV, SV ← HV"."""
+    names = {(1, 0, 1, 0): "DSSL: ", (1, 0, 0, 0): "plain: ", (0, 1, 0, 0): "all heavy: ", (1, 1, 1, 1): "all views alike: "}
+    terms = ", ".join(("" if w == 1 else f"{w:g} ") + term for w, term in zip(args.weights, TERMS) if w)
+    return names.get(tuple(args.weights), "") + terms + f", {args.pairs} pairs" * (args.pairs > 1)
+
+
+def write(path, save):
+    """All or nothing: save(path) goes to another name first, which then replaces the old file."""
+    part = path.with_name(path.name + ".part")
+    save(part)
+    os.replace(part, path)
+
+
+def train(args):
+    # one process is a world of one: the same path on CPU, on one GPU and under torchrun
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    cuda, say = device.type == "cuda", print if rank == 0 else lambda *_, **__: None
+    if cuda and local >= torch.cuda.device_count():
+        fail(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
+    if cuda:
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    for number in (signal.SIGTERM, signal.SIGINT):  # until the first step, just end
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+    # output: a folder that holds this very run, or none yet
+    out, saved = Path(args.out), None
+    settings = {"script": Path(__file__).stem} | {k: v for k, v in vars(args).items() if k not in ("root", "out", "workers")}
+    try:
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "log.jsonl").touch()
+        if (out / "checkpoint.pt").exists():
+            saved = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
+    except OSError as error:
+        fail(f"cannot write into --out {out}: {error.strerror}")
+    for key in settings | (saved or {}).get("settings", {}) if saved else ():
+        if settings.get(key) != saved["settings"].get(key):
+            fail(f"{out} holds a run with {key} {saved['settings'].get(key)}, not {settings.get(key)}: take that, or another --out")
+
+    # data
+    try:
+        train_set, test_set = augment.load_data(args.data, args.root, args.size, download=world == 1)
+    except (ValueError, OSError) as error:
+        fail(error)
+    if args.batch > len(train_set.images):
+        fail(f"--batch {args.batch} is larger than the {len(train_set.images)} training images: lower it")
+    alpha, beta, gamma, delta = args.weights
+    use_sv, use_hv, n = bool(alpha or gamma or delta), bool(beta or gamma or delta), 2 * args.pairs
+    crops = 2 * n if use_sv and use_hv and args.hv_from == "image" else n  # then HVs start from SVs of their own
+    heavy = augment.parse_policy(args.heavy, args.size)
+    share = dict(rank=rank, world=world, device=device, workers=args.workers)
+    loader = augment.TrainLoader(train_set, args.batch, crops, args.size, (args.crop, 1), args.seed, **share)
+    if test_set:
+        monitor = [augment.EvalLoader(s, 256, args.size, **share) for s in (train_set, test_set)]
+
+    # model
+    torch.manual_seed(args.seed)
+    model = SimCLR(args).to(device, memory_format=torch.channels_last)  # half as fast again on CPU
+    if cuda and world > 1:  # SyncBatchNorm exists on GPUs alone
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    base_lr = args.lr * args.batch / 256
+    optimizer = (LARS if args.lars else torch.optim.SGD)(model.parameters(), base_lr, momentum=0.9, weight_decay=args.wd)
+
+    # progress: all that a run needs to go on. meters sum the loss, the std and the terms in use over an epoch's steps
+    used = [i for i, weight in enumerate(args.weights) if weight]
+    weights = torch.tensor([args.weights[i] for i in used], device=device)
+    meters = torch.zeros(2 + len(used), dtype=torch.float64, device=device)
+    step, history = 0, []
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, history = saved["step"], saved["history"]
+        meters += saved["meters"].to(device) * (rank == 0)  # they were summed over the ranks
+
+    def checkpoint():
+        total = meters.clone()
+        dist.all_reduce(total)
+        sync_buffers(model)
+        if rank == 0:
+            write(out / "checkpoint.pt", lambda path: torch.save(dict(
+                settings=settings, step=step, history=history, meters=total, model=model.state_dict(), optimizer=optimizer.state_dict()), path))
+            write(out / "backbone.pt", lambda path: torch.save(model.backbone.state_dict(), path))
+            write(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in history)))
+
+    def report(**entry):
+        if test_set and (entry["epoch"] % args.knn_every == 0 or entry["epoch"] == args.epochs):
+            sync_buffers(model)
+            entry["knn"] = knn_accuracy(model.backbone, *monitor, len(train_set.classes), args.k)
+        history.append(entry)
+        line = f"epoch {entry['epoch']:3d}/{args.epochs}"
+        if "loss" in entry:
+            line += f"  loss {entry['loss']:.4f}  std {entry['std']:.2f}"
+        if "knn" in entry:
+            line += f"  kNN {entry['knn']:.2f} %"
+        say(line + (f"  {entry['images_per_s']:,.0f} images/s  {entry['seconds']:.0f} s" if "loss" in entry else "  (untrained)"), flush=True)
+        if entry.get("std", 1) < 0.2:
+            say("WARNING: the std is low: all images are being projected to one point (collapse)")
+        if entry["epoch"] >= args.epochs / 10 and entry.get("knn", math.inf) < history[0].get("knn", 0) + 2 and entry["epoch"]:
+            say("WARNING: kNN is not clearly above the untrained network's: nothing useful is being learnt")
+
+    steps = len(loader)
+    total_steps, warm_steps = steps * args.epochs, args.warmup * steps
+    say(f"{settings['script']} on {args.data} ({len(train_set.images):,} images), {in_words(args)}, heavy {args.heavy}\n"
+        f"{args.arch} at {args.size} px, {world} × {device.type}, batch {args.batch}, lr {base_lr:g}, wd {args.wd:g}, "
+        f"{args.epochs} epochs of {steps} steps, writing into {out}", flush=True)
+    if not test_set:
+        say("no labels: no kNN monitor")
+    if saved:
+        say(f"going on after step {step} of {total_steps}")
+    else:
+        report(epoch=0)
+        checkpoint()
+    stop = []  # signals that came: the step under way ends first
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stop.append(number))
+
+    for epoch in range(len(history) - 1, args.epochs):
+        loader.set_epoch(epoch, first=step - epoch * steps)
+        start, first = time.time(), step
+        for batch, _ in loader:
+            torch.manual_seed(hash((args.seed, step, rank)))  # so that nothing random has to be saved
+            lr = base_lr * min(1, (step + 1) / max(1, warm_steps))
+            lr *= (1 + math.cos(math.pi * max(0, step - warm_steps) / (total_steps - warm_steps))) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            sv = augment.standard(rearrange(batch, "b v c h w -> (v b) c h w") / 255, args.flip, args.blur)
+            m = n * len(batch)
+            v = augment.normalize(sv[:m]).chunk(n) if use_sv else ()
+            hv = heavy(sv[-m:]).chunk(n) if use_hv else ()  # each from its own SV (Eq. 3)
+            v_hat = tuple(augment.normalize(x) for x in hv)
+            if step == 0 and rank == 0:
+                rows = [(f"SV {i + 1}", x[:10]) for i, x in enumerate(sv.chunk(crops))] + [(f"HV {i + 1}", x[:10]) for i, x in enumerate(hv)]
+                augment.draw_views(dict(rows), out / "views.png", scale=max(1, 96 // args.size))
+
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+                outputs, z = ddp(v, v_hat)
+            outputs = [[Gather.apply(x) for x in views] for views in outputs]  # every image's negatives are on all ranks
+            # Eq. 6 is linear in its weights: each term is taken by itself, so that the log can show it
+            terms = torch.stack([
+                sum(dssl_loss(*(o[k : k + 2] for o in outputs), args.temperature, [i == j for j in range(4)]) for k in range(0, n, 2))
+                for i in used])
+            loss = (weights * terms).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+            step += 1
+            std = F.normalize(z.float(), dim=-1).std(1).mean() * z.shape[-1] ** 0.5  # 1 is healthy, 0 is collapse
+            meters += torch.stack([loss, std, *terms]).detach()
+            if rank == 0 and sys.stdout.isatty() and step % 10 == 0:
+                done, rate = step - first, (step - first) / (time.time() - start)
+                print(f"\repoch {epoch + 1}: {step % steps}/{steps}, {rate * args.batch:,.0f} images/s, "
+                      f"{(total_steps - step) / rate / 60:.0f} min left ", end="", flush=True)
+            interrupted = torch.tensor(stop[:1] or [0])
+            dist.all_reduce(interrupted, dist.ReduceOp.MAX)  # on the host: nothing waits for the GPU
+            if (step % 50 == 0 or step % steps == 0 or interrupted) and not meters.isfinite().all():
+                sys.exit(f"the loss is not finite after step {step} at lr {lr:g}: lower --lr; {out}/checkpoint.pt is the last good one")
+            if interrupted:
+                checkpoint()
+                say(f"stopped after step {step} of {total_steps}; the same command goes on from here")
+                sys.exit(128 + interrupted.item())
+
+        dist.all_reduce(meters)
+        loss, std, *terms = (meters / (steps * world)).tolist()
+        meters.zero_()
+        seconds = time.time() - start
+        report(epoch=epoch + 1, loss=loss, terms={TERMS[i]: t for i, t in zip(used, terms)}, std=std,
+               lr=optimizer.param_groups[0]["lr"], images_per_s=(step - first) * args.batch / seconds, seconds=seconds)
+        checkpoint()
+
+    say(f"the backbone is in {out}/backbone.pt; its linear evaluation:\n"
+        f"python linear_eval.py {out}/backbone.pt --data {args.data} --root {args.root}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    train(parse_args())

@@ -1,0 +1,595 @@
+"""Tests: CPU, no network, a few minutes. Those that need CUDA skip without it."""
+import contextlib
+import inspect
+import itertools
+import json
+import math
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision import models
+
+import augment
+import byol_dssl
+import linear_eval
+import simclr_dssl
+import simsiam_dssl
+
+METHODS = [simsiam_dssl, byol_dssl, simclr_dssl]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+TERMS = [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+
+
+def vectors(n, b=5, d=8):
+    """n pairs of (b, d), all different, with gradient."""
+    g = torch.Generator().manual_seed(n)
+    return [[torch.randn(b, d, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)] for _ in range(n)]
+
+
+# ------------------------------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("m", METHODS)
+def test_D(m):
+    p = torch.tensor([[3.0, 4.0], [1.0, 0.0]], requires_grad=True)
+    z = torch.tensor([[4.0, 3.0], [0.0, 2.0]], requires_grad=True)
+    loss = m.D(p, z)
+    assert loss.item() == pytest.approx(-(24 / 25 + 0) / 2)
+    assert m.D(p, p).item() == pytest.approx(-1) and m.D(7 * p, z / 3).item() == pytest.approx(loss.item())
+    loss.backward()
+    assert z.grad is None and p.grad.abs().sum() > 0
+    assert torch.allclose((p * p.grad).sum(1), torch.zeros(2), atol=1e-6)  # only the direction counts
+
+
+def cosine(a, b):
+    return sum(-(x @ y / x.norm() / y.norm()) for x, y in zip(a, b)).item() / len(a)
+
+
+@pytest.mark.parametrize("m", [simsiam_dssl, byol_dssl])
+def test_terms_by_hand(m):
+    p, z, p_hat, z_hat = vectors(4)
+    expected = [
+        (cosine(p[0], z[1]) + cosine(p[1], z[0])) / 2,
+        (cosine(p_hat[0], z_hat[1]) + cosine(p_hat[1], z_hat[0])) / 2,
+        (cosine(p_hat[0], z[0]) + cosine(p_hat[1], z[1])) / 2,  # each HV with its own SV
+        (cosine(p[0], z_hat[0]) + cosine(p[1], z_hat[1])) / 2,
+    ]
+    for weights in [*TERMS, (1, 0, 1, 0), (1, 1, 1, 1), (1, 0, 0.7, 0.3)]:
+        value = m.dssl_loss(p, z, p_hat, z_hat, weights)
+        assert value.item() == pytest.approx(sum(w * e for w, e in zip(weights, expected)), abs=1e-6)
+    assert m.dssl_loss(p, z, p_hat, z_hat).item() == pytest.approx(expected[0] + expected[2], abs=1e-6)
+    assert m.dssl_loss(p, z, weights=(1, 0, 0, 0)).item() == pytest.approx(expected[0], abs=1e-6)
+    same = [z[0], z[0]]
+    assert m.dssl_loss(same, same, same, same).item() == pytest.approx(-2)
+
+
+GETS_GRADIENT = {  # which of p, z, p_hat, z_hat each term may move: never a target
+    (1, 0, 0, 0): [True, False, False, False], (0, 1, 0, 0): [False, False, True, False],
+    (0, 0, 1, 0): [False, False, True, False], (0, 0, 0, 1): [True, False, False, False]}
+
+
+@pytest.mark.parametrize("m", [simsiam_dssl, byol_dssl])
+@pytest.mark.parametrize("weights", TERMS)
+def test_gradients_flow_one_way(m, weights):
+    pairs = vectors(4)
+    m.dssl_loss(*pairs, weights=weights).backward()
+    assert [all(x.grad is not None and x.grad.abs().sum() > 0 for x in pair) for pair in pairs] == GETS_GRADIENT[weights]
+    assert [any(x.grad is not None for x in pair) for pair in pairs] == GETS_GRADIENT[weights]
+
+
+@pytest.mark.parametrize("weights, sv, hv", [(w, w[0] or w[3], w[1] or w[2]) for w in TERMS])
+def test_gradients_flow_one_way_in_simclr(weights, sv, hv):
+    pairs = vectors(2)
+    simclr_dssl.dssl_loss(*pairs, weights=weights).backward()
+    assert [all(x.grad is not None for x in pair) for pair in pairs] == [bool(sv), bool(hv)]
+    assert [any(x.grad is not None for x in pair) for pair in pairs] == [bool(sv), bool(hv)]
+
+
+def naive_nt_xent(z1, z2, t):
+    z, n, total = [x.detach() / x.norm() for x in [*z1, *z2]], len(z1), 0
+    for i in range(2 * n):
+        total -= math.log(math.exp(z[i] @ z[(i + n) % (2 * n)] / t) / sum(math.exp(z[i] @ z[j] / t) for j in range(2 * n) if j != i))
+    return total / (2 * n)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5])
+def test_nt_xent(t):
+    (z1, z2), = vectors(1)
+    value = simclr_dssl.nt_xent(z1, z2, t).item()
+    assert value == pytest.approx(naive_nt_xent(z1, z2, t), abs=1e-5)
+    assert simclr_dssl.nt_xent(z2, 3 * z1, t).item() == pytest.approx(value, abs=1e-5)
+    n, equal, apart = 6, torch.ones(6, 4), torch.eye(6)
+    assert simclr_dssl.nt_xent(equal, equal, t).item() == pytest.approx(math.log(2 * n - 1), abs=1e-5)
+    assert simclr_dssl.nt_xent(apart, apart, t).item() == pytest.approx(math.log(math.exp(1 / t) + 2 * n - 2) - 1 / t, abs=1e-5)
+
+
+def test_simclr_terms_by_hand():
+    z, z_hat = vectors(2)
+    directed = (cosine(z_hat[0], z[0]) + cosine(z_hat[1], z[1])) / 2
+    expected = [naive_nt_xent(*z, 0.2), naive_nt_xent(*z_hat, 0.2), directed, directed]
+    for weights in [*TERMS, (1, 0, 1, 0), (1, 1, 1, 1)]:
+        value = simclr_dssl.dssl_loss(z, z_hat, 0.2, weights)
+        assert value.item() == pytest.approx(sum(w * e for w, e in zip(weights, expected)), abs=1e-5)
+
+
+@pytest.mark.parametrize("m", METHODS)
+def test_loss_alone_in_an_empty_file(m):
+    names = [name for name in ("D", "nt_xent", "dssl_loss") if hasattr(m, name)]
+    text = "import torch\nimport torch.nn.functional as F\n" + "\n".join(inspect.getsource(getattr(m, name)) for name in names)
+    pasted = {}
+    exec(text, pasted)
+    pairs = vectors(2 if m is simclr_dssl else 4)
+    assert torch.equal(pasted["dssl_loss"](*pairs), m.dssl_loss(*pairs))
+
+
+@pytest.mark.parametrize("m", METHODS)
+def test_loss_in_half_precision_is_taken_in_float(m):
+    pairs = [[x.detach().bfloat16() for x in pair] for pair in vectors(2 if m is simclr_dssl else 4, b=64)]
+    full = [[x.double() for x in pair] for pair in pairs]
+    assert m.dssl_loss(*pairs).item() == pytest.approx(m.dssl_loss(*full).item(), abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- models
+
+
+def settings(m, *flags):
+    return m.parse_args(["--arch", "small", "--dim", "16", *flags])
+
+
+def test_ema_moves_parameters_alone():
+    model = byol_dssl.BYOL(settings(byol_dssl, "--hidden", "16"))
+    online = [*model.backbone.parameters(), *model.projector.parameters()]
+    target = list(model.target.parameters())
+    assert len(online) == len(target) and all(torch.equal(a, b) and not b.requires_grad for a, b in zip(online, target))
+    with torch.no_grad():
+        for x in online:
+            x.add_(torch.randn_like(x))
+    expected = [0.9 * t + 0.1 * o for t, o in zip(target, online)]
+    buffers = [b.clone() for b in model.target.buffers()]
+    model.update_target(0.9)
+    assert all(torch.allclose(t, e, atol=1e-6) for t, e in zip(target, expected))
+    assert all(torch.equal(a, b) for a, b in zip(model.target.buffers(), buffers))
+
+
+@pytest.mark.parametrize("weights, targets", [((1, 0, 0, 0), (2, 0)), ((1, 0, 1, 0), (2, 0)), ((0, 1, 0, 0), (0, 2)), ((1, 1, 1, 1), (2, 2))])
+def test_byol_targets(weights, targets):
+    model = byol_dssl.BYOL(settings(byol_dssl, "--hidden", "16", "--weights", *map(str, weights)))
+    x = torch.rand(4, 2, 3, 16, 16).unbind(1)
+    (p, z, p_hat, z_hat), y = model(x, x)
+    assert (len(z), len(z_hat)) == targets and y.shape == (4, 4, 16)
+    assert all(not t.requires_grad for t in [*z, *z_hat]) and all(t.requires_grad for t in [*p, *p_hat])
+
+
+@pytest.mark.parametrize("m, model", [(simsiam_dssl, "SimSiam"), (byol_dssl, "BYOL"), (simclr_dssl, "SimCLR")])
+def test_each_view_has_its_own_batch_statistics(m, model):
+    torch.manual_seed(0)
+    net = getattr(m, model)(settings(m, "--weights", "1", "1", "1", "1"))
+    a, b = torch.rand(2, 8, 3, 16, 16)
+    alone, together = net((a,), ())[1][0], net((a,), (5 * b,))[1][0]
+    assert torch.allclose(alone, together, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_backbone_loads_into_torchvision(arch, stem, tmp_path):
+    ours, d = simsiam_dssl.make_backbone(arch, stem)
+    theirs = getattr(models, arch)()
+    assert d == theirs.fc.in_features
+    theirs.fc = nn.Identity()
+    if stem == "cifar":
+        theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+    torch.save(getattr(models, arch)().state_dict() if stem == "imagenet" else ours.state_dict(), tmp_path / "net.pt")
+    found, width = linear_eval.load_backbone(tmp_path / "net.pt")  # with fc or without
+    assert width == d and found.conv1.stride == theirs.conv1.stride and type(found.maxpool) is type(theirs.maxpool)
+
+
+def test_lars_leaves_vectors_alone():
+    w, v = nn.Parameter(torch.full((2, 2), 2.0)), nn.Parameter(torch.ones(2))
+    w.grad, v.grad = torch.full((2, 2), 3.0), torch.full((2,), 3.0)
+    simclr_dssl.LARS([w, v], 0.5, momentum=0.9, weight_decay=0.1).step()
+    assert torch.allclose(w, torch.full((2, 2), 2 - 0.5 * 0.001 * 2.0))  # lr · 0.001 · ‖w‖ · g/‖g‖, the direction of g + wd w
+    assert torch.allclose(v, torch.full((2,), 1 - 0.5 * 3.0))  # plain SGD without decay
+
+
+# ------------------------------------------------------------------------------------------------- kNN monitor
+
+
+@pytest.mark.parametrize("m", METHODS)
+@pytest.mark.parametrize("k", [1, 5, 1000])
+def test_knn_against_a_loop(m, k):
+    g = torch.Generator().manual_seed(k)
+    query, bank, labels = torch.randn(300, 6, generator=g), torch.randn(40, 6, generator=g), torch.randint(4, (40,), generator=g)
+    expected = []
+    for q in query:
+        similarity = [(q @ x / q.norm() / x.norm()).item() for x in bank]
+        votes = [0.0] * 4
+        for i in sorted(range(40), key=lambda i: -similarity[i])[:k]:
+            votes[labels[i]] += math.exp(similarity[i] / 0.1)
+        expected.append(votes.index(max(votes)))
+    assert m.knn_predict(query, bank, labels, 4, k=k).tolist() == expected
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """36 training and 10 test images of 3 classes, 20 × 16 px: noise, for class c a little brighter in channel c."""
+    root = tmp_path_factory.mktemp("images")
+    g = torch.Generator().manual_seed(0)
+    for split, n in (("train", 36), ("val", 10)):
+        for i in range(n):
+            x = torch.randint(0, 200, (16, 20, 3), generator=g, dtype=torch.uint8)
+            x[..., i % 3] += 40
+            path = root / split / f"class{i % 3}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x.numpy()).save(path)
+    return root
+
+
+@pytest.mark.parametrize("size", [16, 72])  # in memory, streamed
+def test_loaders(folder, size):
+    train, test = augment.load_data(str(folder), "", size)
+    assert torch.is_tensor(train.images) == (size == 16)
+    for world in (1, 2, 3):  # evaluation: every image once, whatever the number of ranks
+        seen = []
+        for rank in range(world):
+            loader = augment.EvalLoader(test, 4, size, rank=rank, world=world)
+            batches = list(loader)
+            assert len(batches) == len(loader) and all(x.dtype == torch.uint8 and x.shape[1:] == (3, size, size) for x, _ in batches)
+            seen += torch.cat([y for _, y in batches]).tolist()
+        assert sorted(seen) == sorted(test.labels.tolist())
+
+    def epoch(number, first=0, **place):
+        loader = augment.TrainLoader(train, 12, 2, size, seed=3, **place)
+        loader.set_epoch(number, first)
+        return loader.order[:], list(loader)
+
+    order, batches = epoch(1)
+    assert len(batches) == 3 and all(x.shape == (12, 2, 3, size, size) and x.dtype == torch.uint8 for x, _ in batches)
+    assert sorted(i for row in order for _, i in row) == list(range(36)) and order != epoch(2)[0]
+    assert not torch.equal(batches[0][0][:, 0], batches[0][0][:, 1])  # two crops of an image differ
+    for (x, y), (again, _) in zip(batches, epoch(1)[1]):
+        assert torch.equal(x, again)
+        assert (x.float().mean((1, 3, 4)).argmax(1) == y).all()  # the label is that image's
+    resumed = epoch(1, first=2)[1]
+    assert len(resumed) == 1 and torch.equal(resumed[0][0], batches[2][0])
+    shares = [epoch(1, rank=rank, world=2)[0] for rank in range(2)]
+    assert [a + b for a, b in zip(*shares)] == order  # the ranks share each global batch
+
+
+def test_workers_change_nothing(folder):
+    train, _ = augment.load_data(str(folder), "", 72)
+    alone, many = (list(augment.TrainLoader(train, 12, 2, 72, workers=n)) for n in (0, 2))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(alone, many))
+
+
+def test_folder_without_labels(folder):
+    train, test = augment.load_data(str(folder / "train" / "class0"), "", 16)
+    assert train.images.shape == (12, 3, 16, 16) and train.labels is None and test is None
+
+
+def test_wrong_folders(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "flat" / "train").mkdir(parents=True)
+    (tmp_path / "flat" / "val").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "train").symlink_to(folder / "train")
+    (tmp_path / "other" / "val" / "class0").mkdir(parents=True)
+    (tmp_path / "other" / "train").symlink_to(folder / "train")
+    Image.new("RGB", (16, 16)).save(tmp_path / "other" / "val" / "class0" / "0.png")
+    for name in ("missing", "empty", "flat", "half", "other"):
+        with pytest.raises((ValueError, OSError), match="expected .*train/<class>/<image>") as error:
+            augment.load_data(str(tmp_path / name), "", 16)
+        assert "\n" not in str(error.value)
+    with pytest.raises(OSError, match="expected .*imagenet/train/<class>"):
+        augment.load_data("imagenet", str(tmp_path), 224)
+    with pytest.raises(OSError, match="no CIFAR-10"):
+        augment.load_data("cifar10", str(tmp_path), 32, download=False)
+
+
+def test_glyphs_are_the_same_everywhere():
+    (a, labels, classes), (b, *_) = augment.glyphs(50, 24, 0), augment.glyphs(50, 24, 0)
+    assert torch.equal(a, b) and a.shape == (50, 3, 24, 24) and a.dtype == torch.uint8 and len(classes) == 36
+    assert not torch.equal(a, augment.glyphs(50, 24, 1).images) and a.float().std() > 20 and labels.max() < 36
+
+
+# ------------------------------------------------------------------------------------------------- scripts
+
+SHARED = ["make_backbone", "nearest", "vote", "knn_predict", "all_rows", "features", "knn_accuracy", "sync_buffers",
+          "Parser", "number", "fail", "in_words", "write"]
+
+
+def test_common_blocks_are_identical():
+    for name in SHARED:
+        assert len({inspect.getsource(getattr(m, name)) for m in METHODS}) == 1, name
+    for name in ("make_backbone", "Parser", "number", "fail"):
+        assert inspect.getsource(getattr(linear_eval, name)) == inspect.getsource(getattr(simsiam_dssl, name)), name
+    assert inspect.getsource(linear_eval.LARS) == inspect.getsource(simclr_dssl.LARS)
+    lines = [inspect.getsource(m.train).splitlines() for m in METHODS]
+    for other in lines[1:]:  # the model's name, its optimizer, its loss, its target: a handful of lines
+        assert len(set(lines[0]) ^ set(other)) <= 8, set(lines[0]) ^ set(other)
+    assert not any(word in "\n".join(map(inspect.getsource, [getattr(simsiam_dssl, n) for n in SHARED])) for word in ("BYOL", "SimCLR", "byol"))
+
+
+WRONG = """--weights 0 0 0 0|--weights 1 0 -1 0|--weights 1 0 1|--weights 1 0 1 0 1|--weights 1 0 x 0|--weights nan 0 0 0
+--batch 1|--batch 0|--batch x|--batch 2.5|--epochs 0|--epochs -3|--lr -1|--lr nan|--lr inf|--wd -1|--warmup 8|--size 4
+--pairs 0|--hv-from nowhere|--data nowhere|--recipe nowhere|--arch resnet19|--stem big|--k 0|--knn-every 0|--workers -1
+--heavy nothing|--heavy ra(2)|--heavy ra(2,99)|--heavy jigsaw(13)|--heavy 0.9*ra(2,5)|--seed -1|--dim 0|--nonsense 1
+nonsense|--flip yes|--batch""".replace("\n", "|").split("|")
+
+
+@pytest.mark.parametrize("m", METHODS)
+def test_wrong_command_lines(m, capsys):
+    for line in WRONG:
+        with pytest.raises(SystemExit) as end:
+            m.parse_args(line.split())
+        message = capsys.readouterr().err
+        assert end.value.code == 2 and message.count("\n") == 1 and len(message) > 25, (line, message)
+
+
+@pytest.mark.parametrize("m", METHODS)
+def test_recipes_and_flags(m):
+    for name, recipe in m.RECIPES.items():
+        args = vars(m.parse_args(["--data", name]))
+        assert None not in args.values() and recipe.items() <= args.items()
+        flags = [f"--{k.replace('_', '-')}" for k in recipe]
+        assert all(flag in m.parse_args.__code__.co_consts or flag in inspect.getsource(m.parse_args) for flag in flags)
+    runs = [m.parse_args(line.split()).out for line in (
+        "", "--weights 1 0 0 0", "--pairs 2", "--data cifar10", "--heavy ua", "--hv-from image", "--seed 1", "--lr 0.5")]
+    assert len(set(runs)) == len(runs)
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """train() sets signal handlers and a process group; put both back, however it ends."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run(m, folder, out, *flags):
+    with undisturbed():
+        m.train(m.parse_args(["--data", str(folder), "--recipe", "glyphs", "--size", "16", "--batch", "12", "--epochs", "2",
+                              "--k", "5", "--dim", "16", "--out", str(out), *flags]))
+
+
+@pytest.mark.parametrize("m", METHODS)
+def test_short_run(m, folder, tmp_path, capsys, monkeypatch):
+    run(m, folder, tmp_path / "a")
+    text = capsys.readouterr().out
+    assert "DSSL: SV ↔ SV, SV ← HV" in text and "linear_eval.py" in text
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"checkpoint.pt", "backbone.pt", "log.jsonl", "views.png"}
+    log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log] == [0, 1, 2] and all(0 <= entry["knn"] <= 100 for entry in log)
+    for entry in log[1:]:
+        assert set(entry) >= {"loss", "terms", "lr", "std", "images_per_s", "seconds"} and list(entry["terms"]) == ["SV ↔ SV", "SV ← HV"]
+        assert entry["loss"] == pytest.approx(sum(entry["terms"].values()), abs=1e-5)
+    backbone = torch.load(tmp_path / "a" / "backbone.pt", weights_only=True)
+
+    run(m, folder, tmp_path / "a")  # a finished run stays as it is
+    assert all(torch.equal(v, backbone[k]) for k, v in torch.load(tmp_path / "a" / "backbone.pt", weights_only=True).items())
+
+    calls, real = itertools.count(), m.dssl_loss  # stop in the middle of the second epoch, go on: nothing is lost
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(m, "dssl_loss", interrupted)
+    with pytest.raises(SystemExit) as end:
+        run(m, folder, tmp_path / "b")
+    assert end.value.code == 143 and torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["step"] == 5
+    monkeypatch.undo()
+    run(m, folder, tmp_path / "b")
+    assert all(torch.equal(v, backbone[k]) for k, v in torch.load(tmp_path / "b" / "backbone.pt", weights_only=True).items())
+    again = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+    assert [(e.get("loss"), e["knn"]) for e in again] == [(e.get("loss"), e["knn"]) for e in log]
+
+    with pytest.raises(SystemExit, match=f"lr {m.RECIPES['glyphs']['lr']}, not 0.5"):
+        run(m, folder, tmp_path / "a", "--lr", "0.5")
+    other = METHODS[METHODS.index(m) - 1]
+    with pytest.raises(SystemExit, match=f"script {m.__name__}, not {other.__name__}"):
+        run(other, folder, tmp_path / "a")
+    with pytest.raises(SystemExit, match="larger than the 36 training images"):
+        run(m, folder, tmp_path / "c", "--batch", "48")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="cannot write into"):
+        run(m, folder, tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("m", METHODS)
+@pytest.mark.parametrize("flags", ["--weights 1 0 0 0 --pairs 2", "--weights 0 1 0 0 --pairs 2", "--weights 1 1 1 1 --hv-from image", "--weights 0 0 1 0"])
+def test_every_kind_of_run(m, flags, folder, tmp_path):
+    run(m, folder / "train" / "class1", tmp_path, *flags.split(), "--epochs", "1", "--batch", "6")  # and without labels
+    entry, = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][1:]
+    assert math.isfinite(entry["loss"]) and "knn" not in entry
+
+
+def test_views_that_are_forwarded(folder, tmp_path, monkeypatch):
+    seen, real = [], simsiam_dssl.SimSiam.forward
+    monkeypatch.setattr(simsiam_dssl.SimSiam, "forward", lambda self, v, v_hat: seen.append((len(v), len(v_hat))) or real(self, v, v_hat))
+    for i, flags in enumerate(["", "--weights 1 0 0 0", "--weights 1 0 0 0 --pairs 2", "--weights 0 1 0 0 --pairs 2", "--hv-from image"]):
+        run(simsiam_dssl, folder, tmp_path / str(i), *flags.split(), "--epochs", "1", "--batch", "36")
+    assert seen == [(2, 2), (2, 0), (4, 0), (0, 4), (2, 2)]
+
+
+@pytest.mark.parametrize("source", ["sv", "image"])
+def test_heavy_views_come_from_their_own_sv(source, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(augment, "parse_policy", lambda *_: lambda x: 1 - x)
+    monkeypatch.setattr(augment, "normalize", lambda x: x)
+    views, real = [], simsiam_dssl.SimSiam.forward
+    monkeypatch.setattr(simsiam_dssl.SimSiam, "forward", lambda self, v, v_hat: views.append((v, v_hat)) or real(self, v, v_hat))
+    run(simsiam_dssl, folder, tmp_path, "--hv-from", source, "--epochs", "1", "--batch", "36")
+    v, v_hat = views[-1]
+    assert [torch.equal(v_hat[i], 1 - v[i]) for i in range(2)] == [source == "sv"] * 2
+
+
+def test_ema_follows_the_step(folder, tmp_path):
+    flags = ["--ema", "0.5", "--hidden", "16", "--epochs", "1", "--batch", "36"]
+    run(byol_dssl, folder, tmp_path, *flags)
+    torch.manual_seed(0)
+    start = byol_dssl.BYOL(settings(byol_dssl, *flags)).backbone.conv1.weight
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    assert not torch.equal(start, state["backbone.conv1.weight"])
+    assert torch.allclose(state["target.0.conv1.weight"], (start + state["backbone.conv1.weight"]) / 2, atol=1e-7)
+
+
+def test_collapse_is_called_by_name(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(augment, "standard", lambda x, *_: torch.zeros_like(x))
+    run(simsiam_dssl, folder, tmp_path, "--weights", "1", "0", "0", "0")
+    assert "WARNING: the std is low" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(simsiam_dssl, "dssl_loss", lambda p, z, p_hat, z_hat, weights: p[0].sum() * math.nan if p else 0)
+    with pytest.raises(SystemExit, match="not finite"):
+        run(simsiam_dssl, folder, tmp_path, "--weights", "1", "0", "0", "0")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)  # the last good one is still there
+    assert state["step"] == 0 and all(x.isfinite().all() for x in state["model"].values())
+
+
+def test_linear_eval(folder, tmp_path, capsys):
+    run(simsiam_dssl, folder, tmp_path, "--epochs", "1")
+    before = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    base = [str(tmp_path / "backbone.pt"), "--data", str(folder), "--recipe", "glyphs", "--size", "16"]
+    for flags in (["--epochs", "20"], ["--protocol", "lars", "--batch", "12", "--epochs", "2"], ["--protocol", "sgd-linear", "--batch", "12", "--epochs", "2"]):
+        capsys.readouterr()
+        with undisturbed():
+            linear_eval.train(linear_eval.parse_args([*base, "--batch", "12", *flags]))
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result["images"] == 10 and result["top5"] == 100 and 0 <= result["top1"] <= result["best_top1"]
+        if "lars" not in flags and "sgd-linear" not in flags:
+            assert result["top1"] >= 80  # the classes differ in colour, which any features tell
+    assert all(torch.equal(v, before[k]) for k, v in torch.load(tmp_path / "backbone.pt", weights_only=True).items())
+
+
+def test_linear_eval_refuses(folder, tmp_path, monkeypatch):
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save({"conv1.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "other.pt")
+    torch.save({"model": {}, "step": 1}, tmp_path / "checkpoint.pt")
+    for name in ("text.pt", "other.pt", "checkpoint.pt"):
+        with pytest.raises(ValueError, match=name):
+            linear_eval.load_backbone(tmp_path / name)
+    torch.save(simsiam_dssl.make_backbone("small", "cifar")[0].state_dict(), tmp_path / "net.pt")
+    line = [str(tmp_path / "net.pt"), "--data", str(folder), "--recipe", "glyphs", "--size", "16", "--batch", "12", "--epochs", "1"]
+    monkeypatch.setattr(linear_eval, "load_backbone", lambda path: (torch.nn.Sequential(nn.Flatten(), nn.BatchNorm1d(768)), 768))
+    with undisturbed(), pytest.raises(SystemExit, match="backbone has changed"):  # a BN left in train mode
+        linear_eval.train(linear_eval.parse_args(line))
+
+
+# ------------------------------------------------------------------------------------------------- two ranks
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def rank_main(rank, world, folder, out, port):
+    """What every rank does; results go to out/rank<i>.pt."""
+    torch.set_num_threads(1)
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    result, m = {}, simsiam_dssl
+    real = m.knn_accuracy
+
+    def watched(backbone, *rest):  # what the monitor sees on this rank
+        result["buffers"] = [b.clone() for b in backbone.buffers()]
+        result["knn"] = real(backbone, *rest)
+        return result["knn"]
+
+    m.knn_accuracy = watched
+    m.train(m.parse_args(["--data", folder, "--recipe", "glyphs", "--size", "16", "--batch", "12", "--epochs", "1", "--k", "5", "--out", f"{out}/run"]))
+
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
+    result["all_rows"] = m.all_rows(torch.full((3 - rank, 2), float(rank)))
+    rows, weight = gather_case()
+    weight.requires_grad_()
+    share = [x.chunk(world)[rank] for x in rows]
+    z, z_hat = ([simclr_dssl.Gather.apply(x @ weight) for x in pair] for pair in (share[:2], share[2:]))
+    loss = simclr_dssl.dssl_loss(z, z_hat, 0.5, (1, 1, 1, 1))
+    loss.backward()
+    dist.all_reduce(weight.grad)  # as DDP does
+    result |= dict(loss=loss.detach(), gradient=weight.grad / world)
+    torch.save(result, f"{out}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def gather_case():
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(6, 5, generator=g) for _ in range(4)], torch.randn(5, 4, generator=g)
+
+
+def test_two_ranks(folder, tmp_path):
+    for attempt in range(2):  # gloo's own start can fail; once
+        try:
+            torch.multiprocessing.spawn(rank_main, (2, str(folder), str(tmp_path), free_port()), nprocs=2)
+            break
+        except torch.multiprocessing.ProcessRaisedException:
+            if attempt:
+                raise
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one["buffers"], two["buffers"])) and one["knn"] == two["knn"]
+    assert one["all_rows"].tolist() == two["all_rows"].tolist() == [[0, 0]] * 3 + [[1, 1]] * 2
+
+    rows, weight = gather_case()  # the same in one process
+    weight.requires_grad_()
+    z, z_hat = ([x @ weight for x in pair] for pair in (rows[:2], rows[2:]))
+    loss = simclr_dssl.dssl_loss(z, z_hat, 0.5, (1, 1, 1, 1))
+    loss.backward()
+    for result in (one, two):
+        assert torch.allclose(result["loss"], loss, atol=1e-6) and torch.allclose(result["gradient"], weight.grad, atol=1e-6)
+
+    with undisturbed():  # a sharded monitor counts what a single process counts
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        train, test = augment.load_data(str(folder), "", 16)
+        net = simsiam_dssl.make_backbone("small", "cifar")[0]
+        net.load_state_dict(torch.load(tmp_path / "run" / "backbone.pt", weights_only=True))
+        loaders = [augment.EvalLoader(s, 256, 16) for s in (train, test)]
+        assert simsiam_dssl.knn_accuracy(net, *loaders, 3, 5) == one["knn"]
+        (bank, labels), (query, truth) = (simsiam_dssl.features(net, loader) for loader in loaders)
+        right = simsiam_dssl.knn_predict(query, bank, labels, 3, k=5) == truth
+        assert one["knn"] == pytest.approx(100 * right.float().mean().item()) and len(truth) == 10
+
+
+# ------------------------------------------------------------------------------------------------- CUDA
+
+
+@needs_cuda
+@pytest.mark.parametrize("m", METHODS)
+def test_short_run_on_cuda(m, folder, tmp_path):
+    run(m, folder, tmp_path)
+    net, _ = linear_eval.load_backbone(tmp_path / "backbone.pt")
+    assert all(x.dtype in (torch.float32, torch.int64) and x.isfinite().all() for x in net.state_dict().values())
+
+
+@needs_cuda
+@pytest.mark.parametrize("m, model", [(simsiam_dssl, "SimSiam"), (byol_dssl, "BYOL"), (simclr_dssl, "SimCLR")])
+def test_bf16_and_syncbn(m, model):
+    with undisturbed():
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        torch.manual_seed(0)
+        net = getattr(m, model)(settings(m)).cuda()
+        x = torch.rand(32, 3, 24, 24, device="cuda")
+        full = net((x,), ())[1]
+        with torch.autocast("cuda", torch.bfloat16):
+            half = nn.SyncBatchNorm.convert_sync_batchnorm(net)((x,), ())[1]
+        assert F.cosine_similarity(full, half.float(), dim=-1).mean() > 0.98
