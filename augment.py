@@ -19,6 +19,7 @@ UniformAugment: arXiv 2003.14348.   "released" below is the code that the author
 import argparse
 import functools
 import math
+import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -167,7 +168,7 @@ def cutout(x, v):
     v, u = v.view(-1, 1, 1), rand(x, 2, 1, 1)
     left, top = ((u[:, i] * side - v / 2).clamp(min=0).floor() for i, side in ((0, w), (1, h)))
     xs, ys = torch.arange(w, device=x.device)[None, :], torch.arange(h, device=x.device)[:, None]
-    hole = (v > 0) & (xs >= left) & (xs <= left + v) & (ys >= top) & (ys <= top + v)  # both ends in, as ImageDraw has it
+    hole = (v > 0) & (xs >= left) & (xs <= left + v) & (ys >= top) & (ys <= top + v)  # both ends, as ImageDraw
     return torch.where(hole[:, None], constant((125 / 255, 123 / 255, 114 / 255), x.device, x.dtype), x)
 
 
@@ -330,7 +331,9 @@ def _parse_step(step, text):
     if not match:
         raise ValueError(f"policy '{text}': cannot read '{step}'; known are ra(n,m), ra(n,m,paper), ua, jigsaw(n)")
     n, m, space, ua, tiles = match.groups()
-    return UniformAugment() if ua else Jigsaw(int(tiles)) if tiles else RandAugment(int(n), float(m), space or "released")
+    if ua:
+        return UniformAugment()
+    return Jigsaw(int(tiles)) if tiles else RandAugment(int(n), float(m), space or "released")
 
 
 # ------------------------------------------------------------------------------------------------- standard views
@@ -422,7 +425,8 @@ def standard(x, flips=True, blur=False):
     x = color_jitter(x)
     x = torch.where(column(rand(x)) < 0.2, gray(x), x)
     if blur:
-        x = by_choice(x, (torch.rand(len(x)) < 0.5).long(), [OPS["Identity"], gaussian_blur], 0.1 + 1.9 * torch.rand(len(x)))
+        drawn, sigma = (torch.rand(len(x)) < 0.5).long(), 0.1 + 1.9 * torch.rand(len(x))
+        x = by_choice(x, drawn, [OPS["Identity"], gaussian_blur], sigma)
     return x
 
 
@@ -433,7 +437,7 @@ def constant(values, device, dtype):
 
 
 def normalize(x):
-    """[0, 1] → zero mean and unit deviation by ImageNet's statistics, for all data: then a backbone can go anywhere."""
+    """[0, 1] → about zero mean and unit deviation. ImageNet's statistics for all data, so that backbones can travel."""
     mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return (x - constant(mean, x.device, x.dtype)) / constant(std, x.device, x.dtype)
 
@@ -461,38 +465,42 @@ def load_data(data, root, size, download=True):
         return glyphs(8192, size, seed=0), glyphs(1024, size, seed=1)
     folder = Path(root, data) if data in ("cifar10", "imagenet") else Path(data)
     if data == "cifar10" and not folder.exists():
-        return tuple(_torchvision_cifar10(root, train, size, download) for train in (True, False))
+        return torchvision_cifar10(root, True, size, download), torchvision_cifar10(root, False, size, download)
     layout = f"expected {folder}/train/<class>/<image> and {folder}/val/<class>/<image> (or test/ for val/)"
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: {layout}")
-    val = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), folder / "val")
-    if not (folder / "train").exists() and not val.exists() and data != "imagenet":  # then it is images without labels
+    val = folder / ("test" if (folder / "test").is_dir() and not (folder / "val").is_dir() else "val")
+    if not (folder / "train").exists() and not val.exists() and data not in ("cifar10", "imagenet"):  # then: no labels
         paths = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
         if not paths:
             raise FileNotFoundError(f"no images in {folder}: {layout}, or images without labels anywhere below it")
-        return Data(_read_all(paths, size) if size <= RESIDENT else paths, None, []), None
+        return Data(read_all(paths, size) if size <= RESIDENT else paths, None, []), None
     try:
-        sets = [datasets.ImageFolder(folder / "train"), datasets.ImageFolder(val)]
+        train, test = datasets.ImageFolder(folder / "train"), datasets.ImageFolder(val)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{' '.join(str(error).split())} {layout}") from None
-    if sets[0].classes != sets[1].classes:
-        odd = sorted(set(sets[0].classes) ^ set(sets[1].classes))
-        raise ValueError(f"the classes in {folder}/train and {val} differ, in {odd[0]} for one: {layout}")
-    return tuple(
-        Data(_read_all(paths, size) if size <= RESIDENT else paths, torch.tensor(s.targets), s.classes)
-        for s in sets for paths in [[path for path, _ in s.samples]])
+        raise FileNotFoundError(f"{str(error).splitlines()[0].rstrip('.')}: {layout}") from None
+    if train.classes != test.classes:
+        odd = min(set(train.classes) ^ set(test.classes))
+        raise ValueError(f"{folder}/train and {val} have different classes, {odd} for one is in one alone: {layout}")
+
+    def pack(found):
+        paths = [path for path, _ in found.samples]
+        images = read_all(paths, size) if size <= RESIDENT else paths
+        return Data(images, torch.tensor(found.targets), found.classes)
+
+    return pack(train), pack(test)
 
 
-def _torchvision_cifar10(root, train, size, download):
+def torchvision_cifar10(root, train, size, download):
     try:
         found = datasets.CIFAR10(root, train=train, download=download)
     except (RuntimeError, OSError) as error:
         raise FileNotFoundError(
-            f"no CIFAR-10 in {root} ({' '.join(str(error).split())[:80]}): put it there as cifar10/train/<class>/<image> and "
-            f"cifar10/test/<class>/<image>, or fetch it once, in a single process, by: python -c \"import torchvision; "
-            f"torchvision.datasets.CIFAR10('{root}', download=True)\"") from None
+            f"no CIFAR-10 in {root} ({' '.join(str(error).split())[:70]}): put it there as cifar10/train/<class>/<image> "
+            f"and cifar10/test/<class>/<image>, or fetch it in one process: "
+            f"python -c \"from torchvision.datasets import CIFAR10; CIFAR10('{root}', download=True)\"") from None
     images = rearrange(torch.from_numpy(found.data), "n h w c -> n c h w").contiguous()
-    return Data(resize(images, size) if size != 32 else images, torch.tensor(found.targets), found.classes)
+    return Data(images if size == 32 else resize(images, size), torch.tensor(found.targets), found.classes)
 
 
 def read_image(path):
@@ -501,12 +509,15 @@ def read_image(path):
         return image.convert("RGB")
 
 
-def _read_all(paths, size):
-    """n files → (n, 3, size, size) uint8: the shorter side to `size`, then the centre."""
-    def read(path):
-        return pil_to_tensor(center_crop(resize(read_image(path), size), size))
+def read_centre(path, size, shorter):
+    """(3, size, size) uint8: the shorter side resized to `shorter`, then the centre."""
+    return pil_to_tensor(center_crop(resize(read_image(path), shorter), size))
+
+
+def read_all(paths, size):
+    """n files → (n, 3, size, size) uint8."""
     with ThreadPoolExecutor() as pool:
-        return torch.stack(list(pool.map(read, paths)))
+        return torch.stack(list(pool.map(lambda path: read_centre(path, size, size), paths)))
 
 
 def generator(*key):
@@ -517,95 +528,77 @@ def generator(*key):
 class TrainLoader:
     """One epoch of training batches: uint8 crops (b, crops, 3, size, size) and labels (b,), both on the device.
 
-    batch is the global one; each rank gets its share of every global batch, the last images that fill none are left
+    batch is the global one: each rank gets its share of every global batch, and the last images that fill none are left
     to another epoch. The order comes from (seed, epoch) alone, and so does every crop, with the image's number for
-    streamed images and the step and rank for those on the device. set_epoch(e, first=s) goes on at step s.
+    streamed images and the step and rank for those on the device; set_epoch(e, first=s) goes on at step s.
     """
 
     def __init__(self, data, batch, crops, size, scale=(0.2, 1.0), seed=0, rank=0, world=1, device="cpu", workers=0):
         self.data, self.batch, self.crops, self.size, self.scale = data, batch, crops, size, scale
-        self.seed, self.rank, self.world, self.device = seed, rank, world, device
-        self.order = []  # this rank's rows: a list of (epoch, index) for each step
-        if torch.is_tensor(data.images):
-            self.images = data.images.to(device)
-        else:
-            self.stream = torch.utils.data.DataLoader(
-                _Crops(data, crops, size, scale, seed), batch_sampler=self.order, num_workers=workers,
-                persistent_workers=workers > 0, pin_memory=torch.device(device).type == "cuda")
+        self.seed, self.rank, self.world, self.device, self.workers = seed, rank, world, device, workers
+        self.resident = data.images.to(device) if torch.is_tensor(data.images) else None
         self.set_epoch(0)
 
     def __len__(self):
         return len(self.data.images) // self.batch
 
     def set_epoch(self, epoch, first=0):
-        n, steps = len(self.data.images), len(self)
-        order = torch.randperm(n, generator=generator(self.seed, epoch))[: steps * self.batch]
-        order = rearrange(order, "(step rank b) -> step rank b", step=steps, rank=self.world)[first:, self.rank]
-        self.epoch, self.first = epoch, first
-        self.order[:] = [[(epoch, i) for i in row] for row in order.tolist()]  # in place: the stream holds this list
+        order = torch.randperm(len(self.data.images), generator=generator(self.seed, epoch))[: len(self) * self.batch]
+        order = rearrange(order, "(step rank b) -> step rank b", step=len(self), rank=self.world)[first:, self.rank]
+        self.epoch, self.first, self.order = epoch, first, order.tolist()  # order: this rank's images, step by step
 
-    def __iter__(self):
-        if not torch.is_tensor(self.data.images):
-            for crops, labels in self.stream:
-                yield crops.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-            return
-        for step, row in enumerate(self.order, self.first):
-            rows, g = torch.tensor([i for _, i in row]), generator(self.seed, self.epoch, step, self.rank)
-            x = self.images[like(rows, self.images)]
-            crops = torch.stack([random_resized_crop(x, self.size, self.scale, g) for _ in range(self.crops)], 1)
-            labels = torch.zeros(len(rows), dtype=torch.long) if self.data.labels is None else self.data.labels[rows]
-            yield crops, like(labels, x)
-
-
-class _Crops(torch.utils.data.Dataset):
-    """What a worker does: decode once, crop, and nothing else. Indexed by (epoch, index)."""
-
-    def __init__(self, data, crops, size, scale, seed):
-        self.data, self.crops, self.size, self.scale, self.seed = data, crops, size, scale, seed
-
-    def __getitem__(self, key):
-        epoch, index = key
-        image = read_image(self.data.images[index])
-        boxes = crop_boxes(self.crops, image.height, image.width, self.scale, generator=generator(self.seed, epoch, index))
+    def __getitem__(self, i):  # in a worker: decode once, crop, and nothing else
+        image, g = read_image(self.data.images[i]), generator(self.seed, self.epoch, i)
+        boxes = crop_boxes(self.crops, image.height, image.width, self.scale, generator=g)
         crops = [image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
                  for x, y, w, h in boxes.tolist()]
-        return torch.stack([pil_to_tensor(c) for c in crops]), 0 if self.data.labels is None else self.data.labels[index]
+        label = 0 if self.data.labels is None else self.data.labels[i]
+        return torch.stack([pil_to_tensor(crop) for crop in crops]), label
+
+    def __iter__(self):
+        if self.resident is None:
+            yield from stream(self)
+            return
+        for step, row in enumerate(self.order, self.first):
+            index, g = torch.tensor(row), generator(self.seed, self.epoch, step, self.rank)
+            x = self.resident[like(index, self.resident)]
+            crops = torch.stack([random_resized_crop(x, self.size, self.scale, g) for _ in range(self.crops)], 1)
+            yield crops, like(torch.zeros_like(index) if self.data.labels is None else self.data.labels[index], x)
 
 
 class EvalLoader:
-    """This rank's share of a labelled data set: uint8 (b, 3, size, size) and labels (b,) on the device.
+    """This rank's share of a labelled data set: uint8 (b, 3, size, size) and labels (b,), both on the device.
 
     Every image comes once, on one rank, and none is dropped or repeated, so the ranks' numbers may differ by one.
     Streamed images have their shorter side resized to 8/7 of size (256 for 224) and are cropped to the centre.
     """
 
     def __init__(self, data, batch, size, rank=0, world=1, device="cpu", workers=0):
-        self.data, self.batch, self.device = data, batch, device
-        self.mine = range(rank, len(data.images), world)
-        if not torch.is_tensor(data.images):
-            self.stream = torch.utils.data.DataLoader(
-                _Centres(data, size, self.mine), batch, num_workers=workers, pin_memory=torch.device(device).type == "cuda")
+        self.data, self.size, self.device, self.workers = data, size, device, workers
+        mine = list(range(rank, len(data.images), world))
+        self.order = [mine[i : i + batch] for i in range(0, len(mine), batch)]
 
     def __len__(self):
-        return -(-len(self.mine) // self.batch)
+        return len(self.order)
+
+    def __getitem__(self, i):
+        return read_centre(self.data.images[i], self.size, round(self.size * 8 / 7)), self.data.labels[i]
 
     def __iter__(self):
-        images, labels = self.data.images, self.data.labels
-        rows = torch.tensor(self.mine).split(self.batch) if len(self.mine) else []
-        for x, y in ((images[i], labels[i]) for i in rows) if torch.is_tensor(images) else self.stream:
-            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        if not torch.is_tensor(self.data.images):
+            yield from stream(self)
+            return
+        for rows in self.order:
+            yield self.data.images[rows].to(self.device), self.data.labels[rows].to(self.device)
 
 
-class _Centres(torch.utils.data.Dataset):
-    def __init__(self, data, size, rows):
-        self.data, self.size, self.rows = data, size, rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, k):
-        image = center_crop(resize(read_image(self.data.images[self.rows[k]]), round(self.size * 8 / 7)), self.size)
-        return pil_to_tensor(image), self.data.labels[self.rows[k]]
+def stream(loader):
+    """The batches loader.order asks for, read by loader[i] in other processes and ahead of time, on the device."""
+    batches = torch.utils.data.DataLoader(
+        loader, batch_sampler=loader.order, num_workers=min(loader.workers, os.cpu_count()),
+        pin_memory=torch.device(loader.device).type == "cuda")
+    for batch in batches:
+        yield [x.to(loader.device, non_blocking=True) for x in batch]
 
 
 def glyphs(n, size, seed):
@@ -632,8 +625,8 @@ def glyphs(n, size, seed):
     grid = F.affine_grid(warp, (n, 1, 2 * size, 2 * size), align_corners=False)
     ink = F.avg_pool2d(F.grid_sample(torch.stack(stencils)[labels], grid, align_corners=False), 2)
     # faint tints: with stronger ones an image can be told by its colour alone, and then nothing else is learnt
-    paper = uniform(0.7, 0.9, 1, 1, 1) + uniform(-0.08, 0.08, 3, 1, 1)
-    images = torch.lerp(paper, uniform(0, 0.3, 1, 1, 1), ink) + 0.06 * torch.randn(n, 3, size, size, generator=g)
+    paper = uniform(0.7, 0.9, 1, 1, 1) + uniform(-0.04, 0.04, 3, 1, 1)
+    images = torch.lerp(paper, uniform(0, 0.3, 1, 1, 1), ink) + 0.1 * torch.randn(n, 3, size, size, generator=g)
     return Data((images.clamp(0, 1) * 255).round().to(torch.uint8), labels, classes)
 
 
@@ -666,9 +659,10 @@ def main():
         torch.manual_seed(args.seed)
         policies = {text: parse_policy(text) for text in args.heavy}
         size = args.size or (224 if args.images else 24)
-        x = _read_all(args.images, size) if args.images else glyphs(10, size, args.seed).images
+        x = read_all(args.images, size) if args.images else glyphs(10, size, args.seed).images
         sv = standard(random_resized_crop(x, size) / 255, flips=bool(args.images), blur=size > RESIDENT)
-        rows = {"Original image": x / 255, "Standard view": sv} | {f"+ {text}": heavy(sv) for text, heavy in policies.items()}
+        rows = {"Original image": x / 255, "Standard view": sv}
+        rows |= {f"+ {text}": heavy(sv) for text, heavy in policies.items()}
         draw_views(rows, args.out, scale=max(1, 96 // size))
     except (ValueError, OSError) as error:
         sys.exit(f"augment.py: {error}")

@@ -51,9 +51,10 @@ def make_backbone(arch, stem):
         net.conv1, net.bn1, net.maxpool = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.Identity()
         net.inplanes, d = 32, 256
         for i, width in enumerate((32, 64, 128, 256)):
-            setattr(net, f"layer{i + 1}", net._make_layer(models.resnet.BasicBlock, width, 1, stride=1 if i == 0 else 2))
-    else:  # a residual branch that starts at zero is SimSiam's for ImageNet, PyTorch's plain start its CIFAR code's
-        net = getattr(models, arch)(zero_init_residual=stem == "imagenet")
+            layer = net._make_layer(models.resnet.BasicBlock, width, 1, stride=1 if i == 0 else 2)
+            setattr(net, f"layer{i + 1}", layer)
+    else:
+        net = getattr(models, arch)(zero_init_residual=stem == "imagenet")  # as in SimSiam's ImageNet code
         d = net.fc.in_features
         if stem == "cifar":
             net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -86,13 +87,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf):
-    """A parser of one int or float from low to high, infinity excluded."""
+    """A parser of one int or float from low to high."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not " + (f"{low} or more" if high == math.inf else f"in [{low}, {high}]"))
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return value
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
     return parse
 
 
@@ -118,15 +119,15 @@ def load_backbone(path):
                 net, d = make_backbone(arch, stem)
                 net.load_state_dict(state)
                 return net.eval().requires_grad_(False), d
-    raise ValueError(f"{path} fits no ResNet-18, 34, 50 or 101 with torchvision's key names, with or without the CIFAR stem")
+    raise ValueError(f"{path} fits no ResNet-18, 34, 50 or 101 with torchvision's keys, with or without the CIFAR stem")
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("backbone", help="the file of its weights: backbone.pt of a run, or any with torchvision's keys")
-    add("--data", default="glyphs", help="glyphs (default), cifar10, imagenet, or the path of a folder with train/ and val/")
-    add("--recipe", choices=RECIPES, help="whose image size and crops to take, where not those of --data; a folder needs it")
+    add("--data", default="glyphs", help="glyphs (default), cifar10, imagenet, or the path of a folder of images")
+    add("--recipe", choices=RECIPES, help="whose size and crops to take, where not those of --data; a folder needs it")
     add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it (default: data)")
     add("--protocol", choices=PROTOCOLS, help="optimizer and schedule (default: sgd, for ImageNet lars)")
     add("--size", type=number(int, 8), help="pixels a side (default: the recipe's)")
@@ -138,7 +139,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     recipe = args.recipe or args.data
     if recipe not in RECIPES:
-        parser.error(f"--data {args.data} is none of {', '.join(RECIPES)}: for a folder of images, add --recipe with one of them")
+        parser.error(f"--data {args.data} is none of {', '.join(RECIPES)}: for a folder, add --recipe with one of them")
     for table, row in ((RECIPES, recipe), (PROTOCOLS, args.protocol or RECIPES[recipe]["protocol"])):
         for key, value in table[row].items():
             if getattr(args, key, None) is None:
@@ -151,7 +152,7 @@ def parse_args(argv=None):
 
 def train(args):
     # one process is a world of one: the same path on CPU, on one GPU and under torchrun
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     cuda, say = device.type == "cuda", print if rank == 0 else lambda *_, **__: None
     if cuda and local >= torch.cuda.device_count():
@@ -183,7 +184,8 @@ def train(args):
     nn.init.zeros_(linear.bias)
     ddp = nn.parallel.DistributedDataParallel(linear)
     lr = args.lr * args.batch / 256
-    optimizer = (LARS if args.protocol == "lars" else torch.optim.SGD)(linear.parameters(), lr, momentum=0.9, weight_decay=0)
+    optimizer = LARS if args.protocol == "lars" else torch.optim.SGD
+    optimizer = optimizer(linear.parameters(), lr, momentum=0.9, weight_decay=0)
     schedule = {
         "sgd": lambda t: 0.1 ** ((t >= 0.6) + (t >= 0.8)),
         "lars": lambda t: (1 + math.cos(math.pi * t)) / 2,
@@ -195,8 +197,8 @@ def train(args):
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
             return backbone(augment.normalize(x)).float()
 
-    say(f"{args.backbone} ({d} features) on {args.data}: {len(train_set.images):,} images, {len(test_set.images):,} to test, "
-        f"{args.protocol}, {world} × {device.type}, batch {args.batch}, lr {lr:g}, {args.epochs} epochs", flush=True)
+    say(f"{args.backbone} ({d} features) on {args.data}: {len(train_set.images):,} images, {len(test_set.images):,} to "
+        f"test, {args.protocol}, {world} × {device.type}, batch {args.batch}, lr {lr:g}, {args.epochs} epochs", flush=True)
     best = 0
     for epoch in range(args.epochs):
         loader.set_epoch(epoch)
@@ -221,16 +223,15 @@ def train(args):
         dist.all_reduce(total)
         top1, top5 = (100 * right / len(test_set.images)).tolist()
         best = max(best, top1)
-        say(f"epoch {epoch + 1:3d}/{args.epochs}  loss {total.item() / steps / world:.4f}  top-1 {top1:.2f} %  top-5 {top5:.2f} %  "
-            f"{time.time() - start:.0f} s", flush=True)
+        say(f"epoch {epoch + 1:3d}/{args.epochs}  loss {total.item() / steps / world:.4f}  top-1 {top1:.2f} %  "
+            f"top-5 {top5:.2f} %  {time.time() - start:.0f} s", flush=True)
         if not math.isfinite(total.item()):
             fail(f"the loss is {total.item()}: lower --lr")
 
     if not all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items()):
         fail("the backbone has changed: this result is not a linear evaluation")
-    say(json.dumps(dict(
-        top1=round(top1, 3), top5=round(top5, 3), best_top1=round(best, 3), images=len(test_set.images), classes=classes,
-        epochs=args.epochs, protocol=args.protocol, batch=args.batch, lr=args.lr, seed=args.seed, data=args.data, backbone=args.backbone)))
+    result = dict(top1=round(top1, 3), top5=round(top5, 3), best_top1=round(best, 3), images=len(test_set.images))
+    say(json.dumps(result | {key: value for key, value in vars(args).items() if key not in ("root", "recipe", "workers")}))
     dist.destroy_process_group()
 
 

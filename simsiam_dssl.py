@@ -72,9 +72,10 @@ def make_backbone(arch, stem):
         net.conv1, net.bn1, net.maxpool = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.Identity()
         net.inplanes, d = 32, 256
         for i, width in enumerate((32, 64, 128, 256)):
-            setattr(net, f"layer{i + 1}", net._make_layer(models.resnet.BasicBlock, width, 1, stride=1 if i == 0 else 2))
-    else:  # a residual branch that starts at zero is SimSiam's for ImageNet, PyTorch's plain start its CIFAR code's
-        net = getattr(models, arch)(zero_init_residual=stem == "imagenet")
+            layer = net._make_layer(models.resnet.BasicBlock, width, 1, stride=1 if i == 0 else 2)
+            setattr(net, f"layer{i + 1}", layer)
+    else:
+        net = getattr(models, arch)(zero_init_residual=stem == "imagenet")  # as in SimSiam's ImageNet code
         d = net.fc.in_features
         if stem == "cifar":
             net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -86,14 +87,13 @@ class SimSiam(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone, d = make_backbone(args.arch, args.stem)
-        layers = []
-        for _ in range(args.layers - 1):
-            layers += [nn.Linear(d, args.dim, bias=False), nn.BatchNorm1d(args.dim), nn.ReLU(inplace=True)]
-            d = args.dim
-        self.projector = nn.Sequential(*layers, nn.Linear(d, args.dim, bias=False), nn.BatchNorm1d(args.dim, affine=False))
+        dim, narrow = args.dim, args.dim // 4  # the predictor is a bottleneck
+        widths, layers = [d] + [dim] * args.layers, []
+        for i in range(args.layers):
+            layers += [nn.Linear(widths[i], dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(inplace=True)]
+        self.projector = nn.Sequential(*layers[:-2], nn.BatchNorm1d(dim, affine=False))
         self.predictor = nn.Sequential(
-            nn.Linear(args.dim, args.dim // 4, bias=False), nn.BatchNorm1d(args.dim // 4), nn.ReLU(inplace=True),
-            nn.Linear(args.dim // 4, args.dim))  # a bottleneck, as in the original
+            nn.Linear(dim, narrow, bias=False), nn.BatchNorm1d(narrow), nn.ReLU(inplace=True), nn.Linear(narrow, dim))
 
     def forward(self, v, v_hat):
         """Lists of views → what dssl_loss takes, and all projections (v, b, d) for the collapse monitor.
@@ -114,14 +114,14 @@ class SimSiam(nn.Module):
 
 RECIPES = {
     "glyphs": dict(
-        arch="small", stem="cifar", size=24, crop=0.2, batch=64, epochs=8, lr=0.12, wd=5e-4, warmup=0, flip=False, blur=False,
-        heavy="ra(2,5)", k=50, knn_every=1, dim=512, layers=2),
+        arch="small", stem="cifar", size=24, crop=0.2, flip=False, blur=False, heavy="ra(2,5)",
+        batch=64, epochs=8, lr=0.12, wd=5e-4, warmup=0, k=50, knn_every=1, dim=512, layers=2),
     "cifar10": dict(
-        arch="resnet18", stem="cifar", size=32, crop=0.2, batch=512, epochs=800, lr=0.03, wd=5e-4, warmup=0, flip=True, blur=False,
-        heavy="ra(2,5)", k=200, knn_every=10, dim=2048, layers=2),
+        arch="resnet18", stem="cifar", size=32, crop=0.2, flip=True, blur=False, heavy="ra(2,5)",
+        batch=512, epochs=800, lr=0.03, wd=5e-4, warmup=0, k=200, knn_every=10, dim=2048, layers=2),
     "imagenet": dict(
-        arch="resnet50", stem="imagenet", size=224, crop=0.2, batch=512, epochs=100, lr=0.05, wd=1e-4, warmup=0, flip=True, blur=True,
-        heavy="0.9*ra(2,5)|0.1*jigsaw(4)", k=200, knn_every=5, dim=2048, layers=3),
+        arch="resnet50", stem="imagenet", size=224, crop=0.2, flip=True, blur=True, heavy="0.9*ra(2,5)|0.1*jigsaw(4)",
+        batch=512, epochs=100, lr=0.05, wd=1e-4, warmup=0, k=200, knn_every=5, dim=2048, layers=3),
 }
 
 # ------------------------------------------------------------------------------------------------- kNN monitor
@@ -172,8 +172,6 @@ def features(backbone, loader):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             out.append((F.normalize(backbone(augment.normalize(x.float() / 255)).float(), dim=1), y))
     backbone.train(was_training)
-    if not out:
-        raise ValueError("a rank without images: use fewer ranks, or more images")
     x, y = (torch.cat(part) for part in zip(*out))
     return x.half() if x.is_cuda else x, y  # a bank of ImageNet's size in half precision: 5 GB over all ranks
 
@@ -212,13 +210,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf):
-    """A parser of one int or float from low to high, infinity excluded."""
+    """A parser of one int or float from low to high."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not " + (f"{low} or more" if high == math.inf else f"in [{low}, {high}]"))
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return value
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
     return parse
 
 
@@ -230,14 +228,16 @@ def fail(message):
 def parse_args(argv=None):
     """The complete settings, recipe filled in, or an exit with one line that says what to change."""
     parser = Parser(description=__doc__.split("\n")[0])
-    add, recipe = parser.add_argument, parser.add_argument_group("recipe, where the default is that of --data").add_argument
+    add = parser.add_argument
+    recipe = parser.add_argument_group("recipe", "the defaults are those of --data").add_argument
     add("--data", default="glyphs", help="glyphs (default), cifar10, imagenet, or the path of a folder of images")
     add("--recipe", choices=RECIPES, help="whose settings to take, where not those of --data; a folder needs it")
     add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it (default: data)")
-    add("--weights", nargs=4, type=number(float, 0), default=[1, 0, 1, 0], metavar=tuple("ABCD"), help="alpha, beta, gamma, delta of Eq. 6 (default: 1 0 1 0, DSSL)")
-    add("--pairs", type=number(int, 1), default=1, help="pairs of SVs an image; --weights 1 0 0 0 --pairs 2 costs what DSSL does")
-    add("--hv-from", choices=["sv", "image"], default="sv", help="make HVs of their own SVs (default), or of fresh ones")
-    add("--out", help="folder to write into, and to go on from (default: under runs/, by the settings)")
+    add("--weights", nargs=4, type=number(float, 0), default=[1, 0, 1, 0], metavar=tuple("ABCD"),
+        help="alpha, beta, gamma, delta of Eq. 6 (default: 1 0 1 0, DSSL)")
+    add("--pairs", type=number(int, 1), default=1, help="pairs of SVs an image; 2 with 1 0 0 0 costs what DSSL does")
+    add("--hv-from", choices=["sv", "image"], default="sv", help="make HVs of their own SVs (default) or of fresh ones")
+    add("--out", help="folder to write into, and to go on from (default: under runs/, named by the settings)")
     add("--seed", type=number(int, 0), default=0, help="of all that is random (default: 0)")
     add("--workers", type=number(int, 0), default=8, help="processes a rank that read streamed images (default: 8)")
     recipe("--arch", choices=["small", "resnet18", "resnet34", "resnet50", "resnet101"], help="backbone")
@@ -251,7 +251,7 @@ def parse_args(argv=None):
     recipe("--warmup", type=number(float, 0), help="epochs of linear warm-up before the cosine")
     recipe("--flip", action=argparse.BooleanOptionalAction, help="mirror SVs at random")
     recipe("--blur", action=argparse.BooleanOptionalAction, help="blur SVs at random")
-    recipe("--heavy", metavar="POLICY", help="SV → HV: ra(n,m), ra(n,m,paper), ua, jigsaw(n), a+b (a, then b), 0.9*a|0.1*b (a or b)")
+    recipe("--heavy", metavar="POLICY", help="ra(n,m), ra(n,m,paper), ua, jigsaw(n), a+b (both), 0.9*a|0.1*b (either)")
     recipe("--k", type=number(int, 1), help="neighbours of the kNN monitor")
     recipe("--knn-every", type=number(int, 1), help="epochs from one kNN monitor to the next")
     recipe("--dim", type=number(int, 4), help="features of the projector")
@@ -260,7 +260,7 @@ def parse_args(argv=None):
 
     args.recipe = args.recipe or args.data
     if args.recipe not in RECIPES:
-        parser.error(f"--data {args.data} is none of {', '.join(RECIPES)}: for a folder of images, add --recipe with one of them")
+        parser.error(f"--data {args.data} is none of {', '.join(RECIPES)}: for a folder, add --recipe with one of them")
     given = [f"{key}{value}" for key, value in vars(args).items() if value != parser.get_default(key)
              and key not in ("data", "recipe", "root", "weights", "heavy", "workers")]
     for key, value in RECIPES[args.recipe].items():
@@ -288,7 +288,7 @@ TERMS = ("SV ↔ SV", "HV ↔ HV", "SV ← HV", "HV ← SV")  # of Eq. 6, in the
 
 def in_words(args):
     """What the weights amount to, such as "DSSL: SV ↔ SV, SV ← HV"."""
-    names = {(1, 0, 1, 0): "DSSL: ", (1, 0, 0, 0): "plain: ", (0, 1, 0, 0): "all heavy: ", (1, 1, 1, 1): "all views alike: "}
+    names = {(1, 0, 1, 0): "DSSL: ", (1, 0, 0, 0): "plain: ", (0, 1, 0, 0): "all heavy: ", (1, 1, 1, 1): "all alike: "}
     terms = ", ".join(("" if w == 1 else f"{w:g} ") + term for w, term in zip(args.weights, TERMS) if w)
     return names.get(tuple(args.weights), "") + terms + f", {args.pairs} pairs" * (args.pairs > 1)
 
@@ -302,7 +302,7 @@ def write(path, save):
 
 def train(args):
     # one process is a world of one: the same path on CPU, on one GPU and under torchrun
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     cuda, say = device.type == "cuda", print if rank == 0 else lambda *_, **__: None
     if cuda and local >= torch.cuda.device_count():
@@ -316,7 +316,9 @@ def train(args):
 
     # output: a folder that holds this very run, or none yet
     out, saved = Path(args.out), None
-    settings = {"script": Path(__file__).stem} | {k: v for k, v in vars(args).items() if k not in ("root", "out", "workers")}
+    settings = {"script": Path(__file__).stem} | vars(args)
+    for key in ("root", "out", "workers"):  # these change nothing
+        del settings[key]
     try:
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -325,9 +327,9 @@ def train(args):
             saved = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
     except OSError as error:
         fail(f"cannot write into --out {out}: {error.strerror}")
-    for key in settings | (saved or {}).get("settings", {}) if saved else ():
-        if settings.get(key) != saved["settings"].get(key):
-            fail(f"{out} holds a run with {key} {saved['settings'].get(key)}, not {settings.get(key)}: take that, or another --out")
+    for key in settings if saved else ():
+        if settings[key] != (there := saved["settings"].get(key)):
+            fail(f"{out} holds a run with {key} {there}, not {settings[key]}: take that, or another --out")
 
     # data
     try:
@@ -336,6 +338,8 @@ def train(args):
         fail(error)
     if args.batch > len(train_set.images):
         fail(f"--batch {args.batch} is larger than the {len(train_set.images)} training images: lower it")
+    if test_set and len(test_set.images) < world:
+        fail(f"{world} ranks, but {len(test_set.images)} test images: use fewer ranks")
     alpha, beta, gamma, delta = args.weights
     use_sv, use_hv, n = bool(alpha or gamma or delta), bool(beta or gamma or delta), 2 * args.pairs
     crops = 2 * n if use_sv and use_hv and args.hv_from == "image" else n  # then HVs start from SVs of their own
@@ -354,62 +358,63 @@ def train(args):
     base_lr = args.lr * args.batch / 256
     optimizer = torch.optim.SGD(model.parameters(), base_lr, momentum=0.9, weight_decay=args.wd)
 
-    # progress: all that a run needs to go on. meters sum the loss, the std and the terms in use over an epoch's steps
-    used = [i for i, weight in enumerate(args.weights) if weight]
-    weights = torch.tensor([args.weights[i] for i in used], device=device)
-    meters = torch.zeros(2 + len(used), dtype=torch.float64, device=device)
+    # progress: with the model and the optimizer, all that a run needs to go on
+    used = [(TERMS[i], torch.eye(4)[i].tolist()) for i, weight in enumerate(args.weights) if weight]
+    weights = torch.tensor([weight for weight in args.weights if weight], device=device)
+    meters = torch.zeros(2 + len(used), dtype=torch.float64, device=device)  # loss, std and terms, summed over an epoch
     step, history = 0, []
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, history = saved["step"], saved["history"]
-        meters += saved["meters"].to(device) * (rank == 0)  # they were summed over the ranks
+        meters += saved["meters"] * (rank == 0)  # they were summed over the ranks
 
     def checkpoint():
         total = meters.clone()
         dist.all_reduce(total)
         sync_buffers(model)
+        state = dict(settings=settings, step=step, history=history, meters=total, model=model.state_dict(),
+                     optimizer=optimizer.state_dict())
         if rank == 0:
-            write(out / "checkpoint.pt", lambda path: torch.save(dict(
-                settings=settings, step=step, history=history, meters=total, model=model.state_dict(), optimizer=optimizer.state_dict()), path))
+            write(out / "checkpoint.pt", lambda path: torch.save(state, path))
             write(out / "backbone.pt", lambda path: torch.save(model.backbone.state_dict(), path))
-            write(out / "log.jsonl", lambda path: path.write_text("".join(json.dumps(entry) + "\n" for entry in history)))
+            log = "".join(json.dumps(entry) + "\n" for entry in history)
+            write(out / "log.jsonl", lambda path: path.write_text(log))
 
-    def report(**entry):
-        if test_set and (entry["epoch"] % args.knn_every == 0 or entry["epoch"] == args.epochs):
+    def report(epoch, **entry):
+        line = f"epoch {epoch:3d}/{args.epochs}"
+        if epoch:
+            line += "  loss {loss:.4f}  std {std:.2f}  {images_per_s:,.0f} images/s  {seconds:.0f} s".format(**entry)
+        if test_set and (epoch % args.knn_every == 0 or epoch == args.epochs):
             sync_buffers(model)
             entry["knn"] = knn_accuracy(model.backbone, *monitor, len(train_set.classes), args.k)
-        history.append(entry)
-        line = f"epoch {entry['epoch']:3d}/{args.epochs}"
-        if "loss" in entry:
-            line += f"  loss {entry['loss']:.4f}  std {entry['std']:.2f}"
-        if "knn" in entry:
-            line += f"  kNN {entry['knn']:.2f} %"
-        say(line + (f"  {entry['images_per_s']:,.0f} images/s  {entry['seconds']:.0f} s" if "loss" in entry else "  (untrained)"), flush=True)
+            line += f"  kNN {entry['knn']:.2f} %" + " (untrained)" * (epoch == 0)
+        history.append(dict(epoch=epoch, **entry))
+        say(line, flush=True)
         if entry.get("std", 1) < 0.2:
             say("WARNING: the std is low: all images are being projected to one point (collapse)")
-        if entry["epoch"] >= args.epochs / 10 and entry.get("knn", math.inf) < history[0].get("knn", 0) + 2 and entry["epoch"]:
+        if epoch >= max(1, args.epochs / 10) and entry.get("knn", math.inf) < history[0].get("knn", 0) + 2:
             say("WARNING: kNN is not clearly above the untrained network's: nothing useful is being learnt")
+        checkpoint()
 
     steps = len(loader)
     total_steps, warm_steps = steps * args.epochs, args.warmup * steps
-    say(f"{settings['script']} on {args.data} ({len(train_set.images):,} images), {in_words(args)}, heavy {args.heavy}\n"
-        f"{args.arch} at {args.size} px, {world} × {device.type}, batch {args.batch}, lr {base_lr:g}, wd {args.wd:g}, "
-        f"{args.epochs} epochs of {steps} steps, writing into {out}", flush=True)
+    say(f"{settings['script']} on {args.data} ({len(train_set.images):,} images), {in_words(args)}\n"
+        f"{args.arch} at {args.size} px, heavy {args.heavy}, batch {args.batch}, lr {base_lr:g}, wd {args.wd:g}, "
+        f"{args.epochs} epochs of {steps} steps, {world} × {device.type}, writing into {out}", flush=True)
     if not test_set:
         say("no labels: no kNN monitor")
     if saved:
         say(f"going on after step {step} of {total_steps}")
     else:
         report(epoch=0)
-        checkpoint()
-    stop = []  # signals that came: the step under way ends first
+    stop = []  # signals that came: from here on, the step under way ends first
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stop.append(number))
 
     for epoch in range(len(history) - 1, args.epochs):
         loader.set_epoch(epoch, first=step - epoch * steps)
-        start, first = time.time(), step
+        start, first, rate = time.time(), step, 0
         for batch, _ in loader:
             torch.manual_seed(hash((args.seed, step, rank)))  # so that nothing random has to be saved
             lr = base_lr * min(1, (step + 1) / max(1, warm_steps))
@@ -423,15 +428,15 @@ def train(args):
             hv = heavy(sv[-m:]).chunk(n) if use_hv else ()  # each from its own SV (Eq. 3)
             v_hat = tuple(augment.normalize(x) for x in hv)
             if step == 0 and rank == 0:
-                rows = [(f"SV {i + 1}", x[:10]) for i, x in enumerate(sv.chunk(crops))] + [(f"HV {i + 1}", x[:10]) for i, x in enumerate(hv)]
-                augment.draw_views(dict(rows), out / "views.png", scale=max(1, 96 // args.size))
+                rows = {f"SV {i}": x[:10] for i, x in enumerate(sv.chunk(crops), 1)}
+                rows |= {f"HV {i}": x[:10] for i, x in enumerate(hv, 1)}
+                augment.draw_views(rows, out / "views.png", scale=max(1, 96 // args.size))
 
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
                 outputs, z = ddp(v, v_hat)
+            pairs = [[o[k : k + 2] for o in outputs] for k in range(0, n, 2)]
             # Eq. 6 is linear in its weights: each term is taken by itself, so that the log can show it
-            terms = torch.stack([
-                sum(dssl_loss(*(o[k : k + 2] for o in outputs), weights=[i == j for j in range(4)]) for k in range(0, n, 2))
-                for i in used])
+            terms = torch.stack([sum(dssl_loss(*pair, weights=unit) for pair in pairs) for _, unit in used])
             loss = (weights * terms).sum()
             optimizer.zero_grad()
             loss.backward()
@@ -440,14 +445,15 @@ def train(args):
             step += 1
             std = F.normalize(z.float(), dim=-1).std(1).mean() * z.shape[-1] ** 0.5  # 1 is healthy, 0 is collapse
             meters += torch.stack([loss, std, *terms]).detach()
-            if rank == 0 and sys.stdout.isatty() and step % 10 == 0:
-                done, rate = step - first, (step - first) / (time.time() - start)
-                print(f"\repoch {epoch + 1}: {step % steps}/{steps}, {rate * args.batch:,.0f} images/s, "
-                      f"{(total_steps - step) / rate / 60:.0f} min left ", end="", flush=True)
+            rate = (step - first) * args.batch / (time.time() - start)
+            if sys.stdout.isatty() and step % 10 == 0:
+                minutes = (total_steps - step) * args.batch / rate / 60
+                say(f"epoch {epoch + 1:3d}/{args.epochs}  step {step % steps}/{steps}  {rate:,.0f} images/s  "
+                    f"{minutes:.0f} min left    ", end="\r", flush=True)
             interrupted = torch.tensor(stop[:1] or [0])
             dist.all_reduce(interrupted, dist.ReduceOp.MAX)  # on the host: nothing waits for the GPU
             if (step % 50 == 0 or step % steps == 0 or interrupted) and not meters.isfinite().all():
-                sys.exit(f"the loss is not finite after step {step} at lr {lr:g}: lower --lr; {out}/checkpoint.pt is the last good one")
+                sys.exit(f"the loss is not finite by step {step}, lr {lr:g}: lower --lr; {out} has the last good state")
             if interrupted:
                 checkpoint()
                 say(f"stopped after step {step} of {total_steps}; the same command goes on from here")
@@ -456,10 +462,8 @@ def train(args):
         dist.all_reduce(meters)
         loss, std, *terms = (meters / (steps * world)).tolist()
         meters.zero_()
-        seconds = time.time() - start
-        report(epoch=epoch + 1, loss=loss, terms={TERMS[i]: t for i, t in zip(used, terms)}, std=std,
-               lr=optimizer.param_groups[0]["lr"], images_per_s=(step - first) * args.batch / seconds, seconds=seconds)
-        checkpoint()
+        report(epoch + 1, loss=loss, terms={name: term for (name, _), term in zip(used, terms)}, std=std,
+               lr=optimizer.param_groups[0]["lr"], images_per_s=rate, seconds=time.time() - start)
 
     say(f"the backbone is in {out}/backbone.pt; its linear evaluation:\n"
         f"python linear_eval.py {out}/backbone.pt --data {args.data} --root {args.root}")
