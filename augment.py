@@ -409,8 +409,8 @@ def color_jitter(x, strength=(0.4, 0.4, 0.4, 0.1), p=0.8):
 
 def gaussian_blur(x, sigma):
     """Blur each image by its own sigma (b,), in pixels; also two matrices an image, renormalised at the borders."""
-    for side in (3, 2):  # along the columns, then (transposed) along the rows
-        at = torch.arange(x.shape[side], device=x.device)
+    for _ in range(2):  # along the rows, then (transposed) along the columns
+        at = torch.arange(x.shape[3], device=x.device)
         w = (-((at[:, None] - at) / sigma.view(-1, 1, 1)) ** 2 / 2).exp()
         x = (x @ (w / w.sum(2, keepdim=True)).mT[:, None].to(x.dtype)).mT
     return x

@@ -1,5 +1,6 @@
 """Tests: CPU, no network, a few minutes. Those that need CUDA skip without it."""
 import contextlib
+import functools
 import inspect
 import itertools
 import json
@@ -7,21 +8,25 @@ import math
 import os
 import signal
 import socket
-from pathlib import Path
+from collections import defaultdict
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+import torchvision.transforms.functional as TF
+from einops import rearrange
+from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torchvision import models
+from torchvision.transforms import RandomResizedCrop
 
 import augment
 import byol_dssl
 import linear_eval
 import simclr_dssl
 import simsiam_dssl
+from augment import OPS, SPACES, Jigsaw, RandAugment, UniformAugment, column, parse_policy, standard
 
 METHODS = [simsiam_dssl, byol_dssl, simclr_dssl]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -218,6 +223,327 @@ def test_knn_against_a_loop(m, k):
             votes[labels[i]] += math.exp(similarity[i] / 0.1)
         expected.append(votes.index(max(votes)))
     assert m.knn_predict(query, bank, labels, 4, k=k).tolist() == expected
+
+
+# ------------------------------------------------------------------------------------------------- views
+
+
+def images(h=32, w=32):
+    """Six uint8 images: smooth, smooth and pale, smooth with noise, noise, one colour, two levels."""
+    g = torch.Generator().manual_seed(0)
+    noise, tint = torch.rand(6, 3, h, w, generator=g), torch.rand(6, 3, 1, 1, generator=g)
+    wave = 0.5 + 0.5 * (9 * (tint * torch.linspace(0, 1, w) + (1 - tint) * torch.linspace(0, 1, h)[:, None])).sin()
+    x = [wave[0], 0.3 + 0.3 * wave[1], 0.7 * wave[2] + 0.3 * noise[2], noise[3], tint[4].expand(3, h, w),
+         0.3 + 0.4 * (noise[5] > 0.5)]
+    return (torch.stack(x) * 255).round().byte()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def seeded(function, *args):
+    torch.manual_seed(0)
+    return function(*args)
+
+
+def is_share(count, n, p):
+    """Whether count of n draws agrees with a probability of p, within five standard deviations."""
+    return abs(count - n * p) <= 5 * math.sqrt(n * p * (1 - p))
+
+
+def record(monkeypatch):
+    """Have every operation only note its images' magnitudes: {name: [v, …]}."""
+    drawn = defaultdict(list)
+    for name in OPS:
+        monkeypatch.setitem(OPS, name, lambda x, v, name=name: drawn[name].extend(v.tolist()) or x)
+    return drawn
+
+
+def is_spread(values, low, high):
+    """Whether the values look uniform in [low, high]."""
+    u = (torch.tensor(values) - low) / (high - low)
+    return -1e-6 <= u.min() < 0.02 and 0.98 < u.max() <= 1 + 1e-6 and all(
+        is_share((u < q).sum(), len(u), q) for q in (0.25, 0.5, 0.75))
+
+
+def affine(a=1, b=0, c=0, d=0, e=1, f=0):
+    return lambda image: image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f))
+
+
+PILLOW = {  # name: (Pillow's own, magnitudes, by how many levels we may differ)
+    "AutoContrast": (lambda i, v: ImageOps.autocontrast(i), [0], 1),
+    "Equalize": (lambda i, v: ImageOps.equalize(i), [0], 0),
+    "Invert": (lambda i, v: ImageOps.invert(i), [0], 0),
+    "Posterize": (lambda i, v: ImageOps.posterize(i, max(1, int(v))), [0, 1, 2.7, 4, 8], 0),
+    "Solarize": (lambda i, v: ImageOps.solarize(i, v), [0, 77, 128, 200.5, 256], 0),
+    "SolarizeAdd": (lambda i, v: ImageOps.solarize(i.point(lambda p: min(255, p + int(v))), 128), [0, 36.6, 110], 0),
+    "Color": (lambda i, v: ImageEnhance.Color(i).enhance(v), [0.1, 0.7, 1, 1.9], 1),
+    "Contrast": (lambda i, v: ImageEnhance.Contrast(i).enhance(v), [0.1, 0.7, 1, 1.9], 1),
+    "Brightness": (lambda i, v: ImageEnhance.Brightness(i).enhance(v), [0.1, 0.7, 1, 1.9], 1),
+    "Sharpness": (lambda i, v: ImageEnhance.Sharpness(i).enhance(v), [0.1, 0.7, 1, 1.9], 1),
+    "Rotate": (lambda i, v: i.rotate(v), [-30, -7.3, 0, 12, 25], 0),
+    "ShearX": (lambda i, v: affine(b=v)(i), [-0.3, -0.11, 0, 0.21], 0),
+    "ShearY": (lambda i, v: affine(d=v)(i), [-0.3, -0.11, 0, 0.21], 0),
+    "TranslateX": (lambda i, v: affine(c=v)(i), [-50, -9.2, 0, 3.7, 10], 0),
+    "TranslateY": (lambda i, v: affine(f=v)(i), [-50, -9.2, 0, 3.7, 10], 0),
+}
+MOVES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+
+
+@pytest.mark.parametrize("name", PILLOW)
+def test_operation_is_pillows(name):
+    pillow, magnitudes, levels = PILLOW[name]
+    x = images(24, 40)
+    v = torch.tensor(magnitudes).repeat_interleave(len(x)).float()
+    ours = OPS[name](x.repeat(len(magnitudes), 1, 1, 1) / 255, v)
+    theirs = torch.stack([TF.pil_to_tensor(pillow(TF.to_pil_image(i), v)) for v in magnitudes for i in x])
+    close = (ours * 255 - theirs).abs() <= levels + 1e-3
+    assert close.float().mean((1, 2, 3)).min() >= (0.98 if name in MOVES else 1)  # Pillow's steps are fixed-point there
+
+
+def test_cutout():
+    x, v = torch.zeros(4000, 3, 32, 32), torch.tensor([0.0, 3.5, 8, 20]).repeat(1000)
+    y = OPS["Cutout"](x, v)
+    hole = y[:, 0] > 0
+    grey = torch.tensor([125, 123, 114])[:, None] / 255
+    assert torch.allclose(rearrange(y, "b c h w -> c b h w")[:, hole], grey)
+    count = hole.sum((1, 2)).float()
+    assert (count[v == 0] == 0).all() and (count <= (v.floor() + 1) ** 2).all()
+    assert count[v == 8].mean() == pytest.approx(((28 * 9 + 8 + 7 + 6 + 5) / 32) ** 2, rel=0.03)  # 28 of 32 columns fit
+    assert len(hole[v == 8].unique(dim=0)) > 400
+
+
+# ------------------------------------------------------------------------------------------------- crops, standard views
+
+
+@pytest.mark.parametrize("size", [12, 80])
+def test_crop_is_pillows(size):
+    x = images(40, 56).repeat(4, 1, 1, 1)
+    boxes = augment.crop_boxes(len(x), 40, 56, (0.2, 1.0), generator=torch.Generator().manual_seed(1))
+    crops = [TF.to_pil_image(i).crop((x0, y0, x0 + w, y0 + h)) for i, (x0, y0, w, h) in zip(x, boxes.tolist())]
+    theirs = torch.stack([TF.pil_to_tensor(c.resize((size, size), Image.Resampling.BILINEAR)) for c in crops])
+    crop = functools.partial(augment.random_resized_crop, size=size, scale=(0.2, 1.0))
+    ours = crop(x, generator=torch.Generator().manual_seed(1))
+    floats = crop(x / 255, generator=torch.Generator().manual_seed(1))
+    assert ours.dtype == torch.uint8 and (ours.int() - theirs.int()).abs().max() <= 1
+    assert floats.dtype == torch.float32 and (floats * 255 - ours).abs().max() <= 0.501
+
+
+def test_crop_boxes_are_torchvisions():
+    h, w, scale, ratio = 96, 120, (0.2, 1.0), (3 / 4, 4 / 3)
+    ours = augment.crop_boxes(4000, h, w, scale)
+    theirs = torch.tensor([RandomResizedCrop.get_params(torch.empty(3, h, w), scale, ratio) for _ in range(4000)])
+    left, top, width, height = ours.T
+    assert (ours[:, :2] >= 0).all() and (left + width).max() == w and (top + height).max() == h
+    area, aspect = width * height / (h * w), width / height
+    assert 0.19 < area.min() < 0.22 and area.max() <= 1 and 0.72 < aspect.min() < 0.77 and 1.3 < aspect.max() < 1.37
+    for mine, other in zip((top, left, height, width, area), (*theirs.T, theirs[:, 2] * theirs[:, 3] / (h * w))):
+        error = (mine.float().var() + other.float().var()).sqrt() / 4000 ** 0.5
+        assert abs(mine.float().mean() - other.float().mean()) < 5 * error
+
+
+def test_crop_boxes_go_everywhere():
+    left, top, width, height = augment.crop_boxes(5000, 8, 8, scale=(0.25, 0.25), ratio=(1, 1)).T
+    assert (width == 4).all() and (height == 4).all()
+    assert all(is_share(count, 5000, 1 / 25) for count in (5 * left + top).bincount(minlength=25))
+
+
+def test_crop_boxes_where_none_fits():
+    assert augment.crop_boxes(2, 10, 101, scale=(1, 1)).tolist() == [[44, 0, 13, 10]] * 2
+    assert augment.crop_boxes(2, 101, 10, scale=(1, 1)).tolist() == [[0, 44, 10, 13]] * 2
+
+
+def test_hue_is_torchvisions():
+    x, v = images().repeat(4, 1, 1, 1) / 255, torch.linspace(-0.5, 0.5, 24)
+    theirs = torch.stack([TF.adjust_hue(i, float(turn)) for i, turn in zip(x, v)])
+    assert torch.allclose(augment.hue(x, v), theirs, atol=1e-4)
+
+
+def test_blur_is_torchvisions():
+    x, sigma = images(48, 40) / 255, torch.tensor([0.1, 0.4, 0.9, 1.3, 1.7, 2.0])
+    ours = augment.gaussian_blur(x, sigma)
+    theirs = torch.stack([TF.gaussian_blur(i, 29, float(s)) for i, s in zip(x, sigma)])
+    assert torch.allclose(ours[..., 14:-14, 14:-14], theirs[..., 14:-14, 14:-14], atol=1e-5)
+    assert torch.allclose(ours[4], x[4], atol=1e-5)  # one colour stays, up to the borders
+
+
+def test_flip_and_normalize():
+    x = images() / 255
+    assert torch.equal(augment.flip(x, p=1), x.flip(3)) and torch.equal(augment.flip(x, p=0), x)
+    theirs = TF.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert torch.allclose(augment.normalize(x), theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_standard_draws(monkeypatch, on):
+    drawn, n = record(monkeypatch), 4000
+    monkeypatch.setattr(augment, "hue", lambda x, v: drawn["hue"].extend(v.tolist()) or x)
+    monkeypatch.setattr(augment, "gaussian_blur", lambda x, v: drawn["blur"].extend(v.tolist()) or x)
+    x = torch.tensor([[0.2, 0.8], [0.5, 0.1], [0.3, 0.6]])[:, None].expand(n, 3, 1, 2)
+    y = standard(x, flips=on, blur=on)
+    for name, low, high, p in (("Brightness", 0.6, 1.4, 0.8), ("Contrast", 0.6, 1.4, 0.8), ("Color", 0.6, 1.4, 0.8),
+                               ("hue", -0.1, 0.1, 0.8), ("blur", 0.1, 2, 0.5 * on)):
+        assert is_share(len(drawn[name]), n, p) and (p == 0 or is_spread(drawn[name], low, high))
+    grey = (y[:, 0] == y[:, 1]).all((1, 2))
+    assert is_share(grey.sum(), n, 0.2)
+    assert is_share((y[~grey] == x[0].flip(2)).all(3).all((1, 2)).sum(), n, 0.5 * on * 0.8)
+
+
+def test_jitter_takes_every_order(monkeypatch):
+    for k, name in enumerate(("Brightness", "Contrast", "Color")):
+        monkeypatch.setitem(OPS, name, lambda x, v, k=k: 4 * x + k)
+    monkeypatch.setattr(augment, "hue", lambda x, v: 4 * x + 3)
+    orders, counts = augment.color_jitter(torch.zeros(4800, 3, 1, 1), p=1)[:, 0].unique(return_counts=True)
+    assert len(orders) == 24 and all(is_share(count, 4800, 1 / 24) for count in counts)
+
+
+# ------------------------------------------------------------------------------------------------- draws of each image
+
+
+def everything(x):
+    crops = augment.random_resized_crop(augment.level(x).byte(), 24) / 255
+    return augment.normalize(parse_policy("0.9*ra(2,5)|0.1*jigsaw(4)")(standard(crops, blur=True)))
+
+
+POLICIES = ("ra(2,5)", "ra(2,5,paper)", "ra(8,16)", "ua", "jigsaw(4)", "jigsaw(3)", "ra(2,5)+jigsaw(4)",
+            "0.9*ra(2,5)|0.1*jigsaw(4)", "ua|jigsaw(2)")
+VIEWS = {text: parse_policy(text) for text in POLICIES} | {
+    "crop": functools.partial(augment.random_resized_crop, size=24), "jitter": augment.color_jitter,
+    "standard": functools.partial(standard, blur=True), "everything": everything}
+each_view = pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+
+
+@each_view
+def test_image_does_not_depend_on_its_neighbours(view):
+    x, mine = images().repeat(4, 1, 1, 1) / 255, torch.arange(24) % 5 == 0
+    among_others = torch.where(column(mine), x, torch.rand(x.shape))
+    assert torch.equal(seeded(view, x)[mine], seeded(view, among_others)[mine])
+
+
+@each_view
+def test_every_image_draws_for_itself(view):
+    assert len(view(images()[2].expand(64, 3, 32, 32) / 255).unique(dim=0)) > 32
+
+
+def test_by_choice_is_a_loop_over_images():
+    def function(k):
+        def f(x, v, pair):
+            assert len(x) == len(v) == len(pair) > 0
+            return x * (k + 1) + column(v) - column(pair[:, 1]) + x.mean((1, 2, 3), keepdim=True)
+        return f
+
+    functions = [function(k) for k in range(5)]
+    choice, x, v, pair = torch.randint(4, (37,)), torch.rand(37, 3, 2, 5), torch.rand(37), torch.rand(37, 2)
+    loop = [functions[k](x[i:i + 1], v[i:i + 1], pair[i:i + 1]) for i, k in enumerate(choice.tolist())]
+    assert torch.allclose(augment.by_choice(x, choice, functions, v, pair), torch.cat(loop))
+
+
+# ------------------------------------------------------------------------------------------------- frequencies, signs, magnitudes
+
+
+@pytest.mark.parametrize("space, count", [("released", 16), ("paper", 14)])
+def test_randaugment_draws_evenly(monkeypatch, space, count):
+    drawn, n = record(monkeypatch), 16000
+    RandAugment(1, 5, space)(torch.zeros(n, 3, 2, 2))
+    assert set(drawn) == set(SPACES[space]) and len(drawn) == count
+    for name, v in drawn.items():
+        assert is_share(len(v), n, 1 / count)
+        if name in MOVES:
+            assert is_share(sum(value < 0 for value in v), len(v), 0.5)
+
+
+@pytest.mark.parametrize("space, m, magnitudes", [
+    ("released", 15, {"Rotate": {-15, 15}, "Posterize": {2}, "Solarize": {128}, "SolarizeAdd": {55}, "Color": {1},
+                      "Sharpness": {1}, "ShearX": {-0.15, 0.15}, "Cutout": {20}, "TranslateY": {-50, 50}}),
+    ("released", 0, {"Rotate": {0}, "Posterize": {0}, "Solarize": {0}, "Contrast": {0.1}, "TranslateX": {0}}),
+    ("paper", 30, {"Rotate": {-30, 30}, "Posterize": {4.5}, "Solarize": {0}, "Color": {0.1, 1.9}, "ShearY": {-0.3, 0.3},
+                   "TranslateX": {round(-150 / 331 * 20, 4), round(150 / 331 * 20, 4)}}),
+])
+def test_randaugment_magnitudes(monkeypatch, space, m, magnitudes):
+    drawn = record(monkeypatch)
+    RandAugment(2, m, space)(torch.zeros(500, 3, 20, 20))
+    assert {name: {round(v, 4) for v in drawn[name]} for name in magnitudes} == magnitudes
+    assert sum(map(len, drawn.values())) == 2 * 500
+
+
+def test_uniformaugment_draws(monkeypatch):
+    drawn, n = record(monkeypatch), 16000
+    UniformAugment()(torch.zeros(n, 3, 10, 10))
+    assert is_share(len(drawn.pop("Identity")), 2 * n, 0.5)
+    assert set(drawn) == set(SPACES["uniform"]) and len(drawn) == 15
+    for name, v in drawn.items():
+        side = 10 if name in ("TranslateX", "TranslateY", "Cutout") else 1
+        low, high = (end * side for end in SPACES["uniform"][name])
+        assert is_share(len(v), 2 * n, 0.5 / 15)
+        assert is_spread(v, low, high) if low < high else set(v) == {0}
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 3, 5])
+def test_jigsaw_loses_no_pixel(n):
+    x = torch.arange(3.0 * 32 * 32).view(1, 3, 32, 32).expand(20, 3, 32, 32)
+    y = Jigsaw(n)(x)
+    assert torch.equal(y.flatten(2).sort(2).values, x.flatten(2))
+    assert torch.equal(y - y[:, :1], x - x[:, :1])  # the channels go together
+    assert torch.equal(x, y) if n == 1 else len(y.unique(dim=0)) > 10
+
+
+@pytest.mark.parametrize("n", [4, 3])
+def test_jigsaw_moves_whole_tiles_evenly(n):
+    cut = torch.linspace(0, 8, n + 1).long()
+    rows = torch.arange(n).repeat_interleave(cut.diff())
+    pixel, tile = 8 * torch.arange(8)[:, None] + torch.arange(8), n * rows[:, None] + rows
+    corner = pixel[cut[:-1]][:, cut[:-1]].flatten()  # the first pixel of every tile
+    source = Jigsaw(n)(pixel.expand(4000, 3, 8, 8))[:, 0]
+    shown = tile.flatten()[source]
+    assert torch.equal(source - corner[shown], (pixel - corner[tile]).expand_as(source))
+    size = (100 * cut.diff()[:, None] + cut.diff()).flatten()
+    alike = (size == size[:, None]).double()
+    chance = alike / alike.sum(0)
+    share = F.one_hot(shown.flatten(1)[:, corner]).double().mean(0)
+    assert ((share - chance).abs() <= 5 * (chance * (1 - chance) / 4000).sqrt()).all()
+
+
+def test_jigsaw_too_fine():
+    Jigsaw(16)(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"jigsaw\(17\) needs images of 34 px"):
+        Jigsaw(17)(torch.zeros(1, 3, 40, 32))
+    with pytest.raises(ValueError, match=r"jigsaw\(17\)"):
+        parse_policy("ua+jigsaw(17)", size=32)
+
+
+# ------------------------------------------------------------------------------------------------- policies
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("text", POLICIES)
+def test_policy_keeps_shape_type_and_range(text, dtype):
+    x = images(32, 36).repeat(8, 1, 1, 1).to(dtype) / 255
+    y = parse_policy(text)(x)
+    assert y.shape == x.shape and y.dtype == dtype and y.min() >= 0 and y.max() <= 1 and not torch.equal(x, y)
+
+
+@pytest.mark.parametrize("text, part", [
+    ("", "''"), ("ra(2)", "'ra(2)'"), ("ra(2,50)", "ra(2,50"), ("ra(0,5)", "ra(0,5"), ("foo", "'foo'"),
+    ("ra(2,5)+", "read ''"), ("0.9*ra(2,5)|0.2*ua", "add up to 1"), ("0.9*ra(2,5)|ua", "every branch"),
+    ("1*ra(2,5)|ua", "every branch"), ("ra(2,5,blue)", "'blue'"), ("jigsaw(0)", "jigsaw(0)"), ("x*ua", "'x'")])
+def test_bad_policy(text, part):
+    with pytest.raises(ValueError) as error:
+        parse_policy(text)
+    assert part in str(error.value)
+
+
+def test_policy_order():
+    x = images() / 255
+    by_hand = seeded(lambda x: Jigsaw(4)(RandAugment(2, 5)(x)), x)
+    assert torch.equal(seeded(parse_policy("ra(2, 5) + jigsaw(4)"), x), by_hand)
+
+
+@pytest.mark.parametrize("text, p", [("0.9*jigsaw(1)|0.1*jigsaw(4)", 0.1), ("jigsaw(1)|jigsaw(4)|jigsaw(1)", 1 / 3)])
+def test_policy_chances(text, p):
+    x = torch.arange(64.0).expand(4000, 3, 64).view(4000, 3, 8, 8)
+    assert is_share((parse_policy(text)(x) != x).any(3).any((1, 2)).sum(), len(x), p)
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -571,6 +897,21 @@ def test_two_ranks(folder, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- CUDA
+
+
+@needs_cuda
+@each_view
+def test_cuda_gives_the_same_without_a_wait(view):
+    x = images().repeat(32, 1, 1, 1) / 255
+    on_host, on_device = seeded(view, x), x.cuda()
+    seeded(view, on_device)  # kernels are loaded and constants made
+    torch.manual_seed(0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = view(on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ((y.cpu() - on_host).abs() <= 2 / 255).float().mean() >= 0.98
 
 
 @needs_cuda
