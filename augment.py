@@ -2,7 +2,7 @@
 
     python augment.py [IMAGE ...] --out views.png      draw the paper's Figure 7
 
-The way of a batch, all of it after the crop batched on the device and without a wait for it:
+The way of a batch; after the crop, everything is batched on the device and never waits for it:
 
     uint8 crops → standard(x) = SV → heavy(SV) = HV → normalize → model
 
@@ -504,9 +504,12 @@ def torchvision_cifar10(root, train, size, download):
 
 
 def read_image(path):
-    """The file as an RGB Pillow image."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    """The file as an RGB Pillow image. Raises OSError naming the file."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise OSError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read_centre(path, size, shorter):
@@ -649,12 +652,15 @@ def draw_views(rows, path, scale=1):
 
 def main():
     parser = argparse.ArgumentParser(description="Draw standard and heavy views: Figure 7 of the paper.")
+    parser.error = lambda message: parser.exit(2, f"augment.py: {message}\n")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files; without any, glyphs are drawn")
     parser.add_argument("--size", type=int, help="pixels a side (default 224, glyphs 24)")
     parser.add_argument("--heavy", nargs="+", metavar="POLICY", default=["ra(2,5)+jigsaw(4)", "ra(8,16)", "ua"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="views.png")
     args = parser.parse_args()
+    if args.size is not None and args.size < 8:
+        parser.error(f"--size must be 8 or more, not {args.size}")
     try:
         torch.manual_seed(args.seed)
         policies = {text: parse_policy(text) for text in args.heavy}

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -76,7 +77,7 @@ def make_backbone(arch, stem):
             layer = net._make_layer(models.resnet.BasicBlock, width, 1, stride=1 if i == 0 else 2)
             setattr(net, f"layer{i + 1}", layer)
     else:
-        net = getattr(models, arch)(zero_init_residual=stem == "imagenet")  # as in SimSiam's ImageNet code
+        net = getattr(models, arch)(zero_init_residual=stem == "imagenet")  # each block starts as the identity
         d = net.fc.in_features
         if stem == "cifar":
             net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -185,10 +186,10 @@ def features(backbone, loader):
     backbone.eval()
     for x, y in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            out.append((F.normalize(backbone(augment.normalize(x.float() / 255)).float(), dim=1), y))
+            x = F.normalize(backbone(augment.normalize(x / 255)).float(), dim=1)
+        out.append((x.half() if x.is_cuda else x, y))  # a bank of ImageNet's size takes 5 GB in half precision
     backbone.train(was_training)
-    x, y = (torch.cat(part) for part in zip(*out))
-    return x.half() if x.is_cuda else x, y  # a bank of ImageNet's size in half precision: 5 GB over all ranks
+    return [torch.cat(part) for part in zip(*out)]
 
 
 @torch.no_grad()
@@ -248,12 +249,12 @@ def parse_args(argv=None):
     add("--data", default="glyphs", help="glyphs (default), cifar10, imagenet, or the path of a folder of images")
     add("--recipe", choices=RECIPES, help="whose settings to take, where not those of --data; a folder needs it")
     add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it (default: data)")
-    add("--weights", nargs=4, type=number(float, 0), default=[1, 0, 1, 0], metavar=tuple("ABCD"),
+    add("--weights", nargs=4, type=number(float, 0), default=[1.0, 0.0, 1.0, 0.0], metavar=tuple("ABCD"),
         help="alpha, beta, gamma, delta of Eq. 6 (default: 1 0 1 0, DSSL)")
     add("--pairs", type=number(int, 1), default=1, help="pairs of SVs an image; 2 with 1 0 0 0 costs what DSSL does")
     add("--hv-from", choices=["sv", "image"], default="sv", help="make HVs of their own SVs (default) or of fresh ones")
     add("--out", help="folder to write into, and to go on from (default: under runs/, named by the settings)")
-    add("--seed", type=number(int, 0), default=0, help="of all that is random (default: 0)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all that is random (default: 0)")
     add("--workers", type=number(int, 0), default=8, help="processes a rank that read streamed images (default: 8)")
     recipe("--arch", choices=["small", "resnet18", "resnet34", "resnet50", "resnet101"], help="backbone")
     recipe("--stem", choices=["cifar", "imagenet"], help="3 × 3 convolution and no max-pool, or 7 × 7 and max-pool")
@@ -283,7 +284,7 @@ def parse_args(argv=None):
     for key, value in RECIPES[args.recipe].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     if not any(args.weights):
         parser.error("--weights are all 0: there is nothing to learn; DSSL is 1 0 1 0")
     if args.batch % world or args.batch < 2 * world:
@@ -295,7 +296,8 @@ def parse_args(argv=None):
     except ValueError as error:
         parser.error(f"--heavy: {error}")
     if not args.out:  # a folder of its own for every setting that was given
-        name = [Path(__file__).stem, Path(args.data).name, *(f"{w:g}" for w in args.weights), args.heavy, *given]
+        heavy = args.heavy.replace("+", "-then-").replace("|", "-or-") if any(args.weights[1:]) else ""
+        name = [Path(__file__).stem, Path(args.data).name, *(f"{w:g}" for w in args.weights), heavy, *given]
         args.out = "runs/" + re.sub(r"[^\w.]+", "-", "-".join(name)).strip("-")
     return args
 
@@ -307,32 +309,34 @@ def in_words(args):
     """What the weights amount to, such as "DSSL: SV ↔ SV, SV ← HV"."""
     names = {(1, 0, 1, 0): "DSSL: ", (1, 0, 0, 0): "plain: ", (0, 1, 0, 0): "all heavy: ", (1, 1, 1, 1): "all alike: "}
     terms = ", ".join(("" if w == 1 else f"{w:g} ") + term for w, term in zip(args.weights, TERMS) if w)
-    return names.get(tuple(args.weights), "") + terms + f", {args.pairs} pairs" * (args.pairs > 1)
+    heavy = f", heavy {args.heavy}" * any(args.weights[1:])
+    return names.get(tuple(args.weights), "") + terms + f", {args.pairs} pairs" * (args.pairs > 1) + heavy
 
 
-def write(path, save):
-    """All or nothing: save(path) goes to another name first, which then replaces the old file."""
+def write(path, content):
+    """All or nothing: text, or what torch.save takes, goes into another file, which then replaces the old one."""
     part = path.with_name(path.name + ".part")
-    save(part)
+    part.write_text(content) if isinstance(content, str) else torch.save(content, part)
     os.replace(part, path)
 
 
 def train(args):
     # one process is a world of one: the same path on CPU, on one GPU and under torchrun
-    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    torchrun = "RANK" in os.environ
+    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if torchrun else (0, 1, 0)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     cuda, say = device.type == "cuda", print if rank == 0 else lambda *_, **__: None
-    if cuda and local >= torch.cuda.device_count():
+    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
         fail(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    for number in (signal.SIGTERM, signal.SIGINT):  # until the first step, just end
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    for sent in (signal.SIGTERM, signal.SIGINT):  # until the first step, just end
+        signal.signal(sent, lambda number, _: sys.exit(128 + number))
 
-    # output: a folder that holds this very run, or none yet
-    out, saved = Path(args.out), None
+    # output: a folder that holds this very run, or none yet; rank 0 alone reads and writes it
+    out, saved = Path(args.out), [None]
     settings = {"script": Path(__file__).stem} | vars(args)
     for key in ("root", "out", "workers"):  # these change nothing
         del settings[key]
@@ -340,13 +344,18 @@ def train(args):
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             (out / "log.jsonl").touch()
-        if (out / "checkpoint.pt").exists():
-            saved = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
     except OSError as error:
         fail(f"cannot write into --out {out}: {error.strerror}")
-    for key in settings if saved else ():
-        if settings[key] != (there := saved["settings"].get(key)):
-            fail(f"{out} holds a run with {key} {there}, not {settings[key]}: take that, or another --out")
+    if rank == 0 and (out / "checkpoint.pt").exists():
+        try:
+            saved = [torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)]
+            there = {key: saved[0]["settings"].get(key) for key in settings}
+        except Exception as error:  # garbage can make the unpickler raise anything
+            fail(f"{out}/checkpoint.pt cannot be read ({type(error).__name__}): remove it, or take another --out")
+        for key in settings:
+            if settings[key] != there[key]:
+                fail(f"{out} holds a run with {key} {there[key]}, not {settings[key]}: take that, or another --out")
+    dist.broadcast_object_list(saved, device=torch.device("cpu"))
 
     # data
     try:
@@ -368,7 +377,7 @@ def train(args):
 
     # model
     torch.manual_seed(args.seed)
-    model = BYOL(args).to(device, memory_format=torch.channels_last)  # half as fast again on CPU
+    model = BYOL(args).to(device, memory_format=torch.channels_last)  # 1.5 times as fast on CPU
     if cuda and world > 1:  # SyncBatchNorm exists on GPUs alone
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ddp = nn.parallel.DistributedDataParallel(model)
@@ -376,27 +385,26 @@ def train(args):
     optimizer = torch.optim.SGD(model.parameters(), base_lr, momentum=0.9, weight_decay=args.wd)
 
     # progress: with the model and the optimizer, all that a run needs to go on
-    used = [(TERMS[i], torch.eye(4)[i].tolist()) for i, weight in enumerate(args.weights) if weight]
-    weights = torch.tensor([weight for weight in args.weights if weight], device=device)
+    used = {term: unit for term, unit, weight in zip(TERMS, torch.eye(4).tolist(), args.weights) if weight}
     meters = torch.zeros(2 + len(used), dtype=torch.float64, device=device)  # loss, std and terms, summed over an epoch
     step, history = 0, []
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, history = saved["step"], saved["history"]
-        meters += saved["meters"] * (rank == 0)  # they were summed over the ranks
+    if state := saved.pop():
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, history = state["step"], state["history"]
+        meters += state["meters"].to(device) * (rank == 0)  # they were summed over the ranks
+        del state
 
     def checkpoint():
-        total = meters.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total := meters.clone())
         sync_buffers(model)
-        state = dict(settings=settings, step=step, history=history, meters=total, model=model.state_dict(),
-                     optimizer=optimizer.state_dict())
-        if rank == 0:
-            write(out / "checkpoint.pt", lambda path: torch.save(state, path))
-            write(out / "backbone.pt", lambda path: torch.save(model.backbone.state_dict(), path))
-            log = "".join(json.dumps(entry) + "\n" for entry in history)
-            write(out / "log.jsonl", lambda path: path.write_text(log))
+        if rank == 0:  # the checkpoint comes last: what a crash in between leaves behind is written again
+            write(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
+            backbone = {key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}
+            write(out / "backbone.pt", backbone)
+            write(out / "checkpoint.pt", dict(
+                settings=settings, step=step, history=history, meters=total, model=model.state_dict(),
+                optimizer=optimizer.state_dict()))
 
     def report(epoch, **entry):
         line = f"epoch {epoch:3d}/{args.epochs}"
@@ -407,7 +415,8 @@ def train(args):
             entry["knn"] = knn_accuracy(model.backbone, *monitor, len(train_set.classes), args.k)
             line += f"  kNN {entry['knn']:.2f} %" + " (untrained)" * (epoch == 0)
         history.append(dict(epoch=epoch, **entry))
-        say(line, flush=True)
+        if epoch or test_set:
+            say(line, flush=True)
         if entry.get("std", 1) < 0.2:
             say("WARNING: the std is low: all images are being projected to one point (collapse)")
         if epoch >= max(1, args.epochs / 10) and entry.get("knn", math.inf) < history[0].get("knn", 0) + 2:
@@ -416,18 +425,18 @@ def train(args):
 
     steps = len(loader)
     total_steps, warm_steps = steps * args.epochs, args.warmup * steps
-    say(f"{settings['script']} on {args.data} ({len(train_set.images):,} images), {in_words(args)}\n"
-        f"{args.arch} at {args.size} px, heavy {args.heavy}, batch {args.batch}, lr {base_lr:g}, wd {args.wd:g}, "
-        f"{args.epochs} epochs of {steps} steps, {world} × {device.type}, writing into {out}", flush=True)
+    say(f"{settings['script']} on {args.data} ({len(train_set.images):,} images), recipe {args.recipe}, {in_words(args)}\n"
+        f"{args.arch} at {args.size} px, batch {args.batch}, lr {base_lr:g}, wd {args.wd:g}, {args.epochs} epochs of "
+        f"{steps} steps, {world} × {device.type}, writing into {out}", flush=True)
     if not test_set:
         say("no labels: no kNN monitor")
-    if saved:
+    if history:
         say(f"going on after step {step} of {total_steps}")
     else:
         report(epoch=0)
     stop = []  # signals that came: from here on, the step under way ends first
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stop.append(number))
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sent, lambda number, _: stop.append(number))
 
     for epoch in range(len(history) - 1, args.epochs):
         loader.set_epoch(epoch, first=step - epoch * steps)
@@ -452,9 +461,7 @@ def train(args):
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
                 outputs, z = ddp(v, v_hat)
             pairs = [[o[k : k + 2] for o in outputs] for k in range(0, n, 2)]
-            # Eq. 6 is linear in its weights: each term is taken by itself, so that the log can show it
-            terms = torch.stack([sum(dssl_loss(*pair, weights=unit) for pair in pairs) for _, unit in used])
-            loss = (weights * terms).sum()
+            loss = sum(dssl_loss(*pair, weights=args.weights) for pair in pairs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -462,8 +469,10 @@ def train(args):
             model.update_target(1 - (1 - args.ema) * rise)
 
             step += 1
-            std = F.normalize(z.float(), dim=-1).std(1).mean() * z.shape[-1] ** 0.5  # 1 is healthy, 0 is collapse
-            meters += torch.stack([loss, std, *terms]).detach()
+            with torch.no_grad():  # for the log: std is 1 in health and 0 in collapse; each term by itself
+                std = F.normalize(z.float(), dim=-1).std(1).mean() * z.shape[-1] ** 0.5
+                terms = [sum(dssl_loss(*pair, weights=unit) for pair in pairs) for unit in used.values()]
+                meters += torch.stack([loss, std, *terms])
             rate = (step - first) * args.batch / (time.time() - start)
             if sys.stdout.isatty() and step % 10 == 0:
                 minutes = (total_steps - step) * args.batch / rate / 60
@@ -471,8 +480,10 @@ def train(args):
                     f"{minutes:.0f} min left    ", end="\r", flush=True)
             interrupted = torch.tensor(stop[:1] or [0])
             dist.all_reduce(interrupted, dist.ReduceOp.MAX)  # on the host: nothing waits for the GPU
-            if (step % 50 == 0 or step % steps == 0 or interrupted) and not meters.isfinite().all():
-                sys.exit(f"the loss is not finite by step {step}, lr {lr:g}: lower --lr; {out} has the last good state")
+            if step % 50 == 0 or step % steps == 0 or interrupted:
+                dist.all_reduce(total := meters.clone())
+                if not total.isfinite().all():
+                    fail(f"the loss is not finite by step {step}, lr {lr:g}: lower --lr; {out} has the last good state")
             if interrupted:
                 checkpoint()
                 say(f"stopped after step {step} of {total_steps}; the same command goes on from here")
@@ -481,11 +492,15 @@ def train(args):
         dist.all_reduce(meters)
         loss, std, *terms = (meters / (steps * world)).tolist()
         meters.zero_()
-        report(epoch + 1, loss=loss, terms={name: term for (name, _), term in zip(used, terms)}, std=std,
+        report(epoch + 1, loss=loss, terms=dict(zip(used, terms)), std=std,
                lr=optimizer.param_groups[0]["lr"], images_per_s=rate, seconds=time.time() - start)
 
-    say(f"the backbone is in {out}/backbone.pt; its linear evaluation:\n"
-        f"python linear_eval.py {out}/backbone.pt --data {args.data} --root {args.root}")
+    say(f"the backbone is in {out}/backbone.pt")
+    if test_set:
+        say("its linear evaluation:", shlex.join([
+            "python", "linear_eval.py", f"{out}/backbone.pt", "--data", args.data, "--root", args.root,
+            "--recipe", args.recipe, "--size", f"{args.size}"]))
+    del ddp  # before its process group: with torch 2.11 the other order can wait for ever
     dist.destroy_process_group()
 
 

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -54,7 +53,7 @@ def make_backbone(arch, stem):
             layer = net._make_layer(models.resnet.BasicBlock, width, 1, stride=1 if i == 0 else 2)
             setattr(net, f"layer{i + 1}", layer)
     else:
-        net = getattr(models, arch)(zero_init_residual=stem == "imagenet")  # as in SimSiam's ImageNet code
+        net = getattr(models, arch)(zero_init_residual=stem == "imagenet")  # each block starts as the identity
         d = net.fc.in_features
         if stem == "cifar":
             net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -106,18 +105,23 @@ def load_backbone(path):
     """A state dict's file → (network in eval mode, features d). Raises ValueError naming what does not fit."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except Exception as error:  # garbage can make the unpickler raise anything
         raise ValueError(f"{path} is no file of weights ({type(error).__name__})") from None
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         raise ValueError(f"{path} is no state dict of a backbone; a run writes one as backbone.pt")
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    def shapes(tensors):  # num_batches_tracked, which some weights lack, counts for nothing in eval mode
+        return {key: x.shape for key, x in tensors.items() if not str(key).endswith("num_batches_tracked")}
+
+    state = {key: value for key, value in state.items() if not str(key).startswith("fc.")}
     for arch in ("small", "resnet18", "resnet34", "resnet50", "resnet101"):
         for stem in ("cifar", "imagenet"):
             with torch.device("meta"):  # shapes alone
-                shapes = {key: value.shape for key, value in make_backbone(arch, stem)[0].state_dict().items()}
-            if shapes == {key: value.shape for key, value in state.items()}:
+                fits = shapes(make_backbone(arch, stem)[0].state_dict()) == shapes(state)
+            if fits:
                 net, d = make_backbone(arch, stem)
-                net.load_state_dict(state)
+                net.load_state_dict(state, strict=False)
                 return net.eval().requires_grad_(False), d
     raise ValueError(f"{path} fits no ResNet-18, 34, 50 or 101 with torchvision's keys, with or without the CIFAR stem")
 
@@ -134,7 +138,7 @@ def parse_args(argv=None):
     add("--batch", type=number(int, 1), help="images a step, over all ranks (default: the protocol's)")
     add("--epochs", type=number(int, 1), help="passes over the images (default: the protocol's)")
     add("--lr", type=number(float, 0), help="learning rate for a batch of 256; it scales with the batch")
-    add("--seed", type=number(int, 0), default=0, help="of all that is random (default: 0)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all that is random (default: 0)")
     add("--workers", type=number(int, 0), default=8, help="processes a rank that read streamed images (default: 8)")
     args = parser.parse_args(argv)
     recipe = args.recipe or args.data
@@ -144,7 +148,7 @@ def parse_args(argv=None):
         for key, value in table[row].items():
             if getattr(args, key, None) is None:
                 setattr(args, key, value)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     if args.batch % world:
         parser.error(f"--batch {args.batch} does not divide by the {world} ranks")
     return args
@@ -152,14 +156,15 @@ def parse_args(argv=None):
 
 def train(args):
     # one process is a world of one: the same path on CPU, on one GPU and under torchrun
-    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    torchrun = "RANK" in os.environ
+    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if torchrun else (0, 1, 0)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     cuda, say = device.type == "cuda", print if rank == 0 else lambda *_, **__: None
-    if cuda and local >= torch.cuda.device_count():
+    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
         fail(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
 
     try:
@@ -232,6 +237,7 @@ def train(args):
         fail("the backbone has changed: this result is not a linear evaluation")
     result = dict(top1=round(top1, 3), top5=round(top5, 3), best_top1=round(best, 3), images=len(test_set.images))
     say(json.dumps(result | {key: value for key, value in vars(args).items() if key not in ("root", "recipe", "workers")}))
+    del ddp  # before its process group: with torch 2.11 the other order can wait for ever
     dist.destroy_process_group()
 
 
