@@ -144,8 +144,9 @@ def parse_args(argv=None):
     recipe = args.recipe or args.data
     if recipe not in RECIPES:
         parser.error(f"--data {args.data} is none of {', '.join(RECIPES)}: for a folder, add --recipe with one of them")
-    for table, row in ((RECIPES, recipe), (PROTOCOLS, args.protocol or RECIPES[recipe]["protocol"])):
-        for key, value in table[row].items():
+    rows = [RECIPES[recipe], PROTOCOLS[args.protocol or RECIPES[recipe]["protocol"]]]
+    for row in rows[::-1] if args.protocol else rows:  # what was asked for goes first, and then the first entry holds
+        for key, value in row.items():
             if getattr(args, key, None) is None:
                 setattr(args, key, value)
     world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1

@@ -798,6 +798,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, monkeypatch):
     assert state["step"] == 0 and all(x.isfinite().all() for x in state["model"].values())
 
 
+def test_linear_eval_settings():
+    def settings(line):
+        args = linear_eval.parse_args(["backbone.pt", *line.split()])
+        return args.size, args.scale, args.flip, args.protocol, args.batch, args.epochs, args.lr * args.batch / 256
+
+    assert settings("--data cifar10") == (32, 0.8, True, "sgd", 256, 100, 30)
+    assert settings("--data imagenet") == (224, 0.08, True, "lars", 4096, 90, pytest.approx(1.6))
+    assert settings("--data imagenet --protocol sgd-linear --batch 256") == (224, 0.08, True, "sgd-linear", 256, 90, 0.1)
+    assert settings("") == (24, 0.8, False, "sgd", 256, 30, 0.3) and settings("--protocol sgd")[-1] == 30
+
+
 def test_linear_eval(folder, tmp_path, capsys):
     run(simsiam_dssl, folder, tmp_path, "--epochs", "1")
     before = torch.load(tmp_path / "backbone.pt", weights_only=True)
