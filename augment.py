@@ -312,10 +312,16 @@ def parse_policy(text, size=None):
         if star and not re.fullmatch(r"\d*\.?\d+", chance):
             raise ValueError(f"policy '{text}': cannot read the probability '{chance}'")
         chances.append(float(chance) if star else None)
-        branches.append([_parse_step(step, text) for step in steps.split("+")])
-        for step in branches[-1]:
-            if size and isinstance(step, Jigsaw):
-                step(torch.zeros(1, 3, size, size))
+        branches.append([])
+        for step in steps.split("+"):
+            match = re.fullmatch(r"ra\((\d+),(\d+\.?\d*)(?:,(\w+))?\)|(ua)|jigsaw\((\d+)\)", step)
+            if not match:
+                raise ValueError(f"policy '{text}': cannot read '{step}'; known are ra(n,m), ra(n,m,paper), ua, jigsaw(n)")
+            n, m, space, ua, tiles = match.groups()
+            if tiles and size:
+                Jigsaw(int(tiles))(torch.zeros(1, 3, size, size))
+            op = Jigsaw(int(tiles)) if tiles else UniformAugment() if ua else None
+            branches[-1].append(op or RandAugment(int(n), float(m), space or "released"))
     if set(chances) == {None}:
         chances = [1 / len(branches)] * len(branches)
     if None in chances or abs(sum(chances) - 1) > 1e-6:
@@ -324,16 +330,6 @@ def parse_policy(text, size=None):
     if len(functions) == 1:
         return functions[0]
     return lambda x: by_choice(x, torch.tensor(chances).multinomial(len(x), replacement=True), functions)
-
-
-def _parse_step(step, text):
-    match = re.fullmatch(r"ra\((\d+),(\d+\.?\d*)(?:,(\w+))?\)|(ua)|jigsaw\((\d+)\)", step)
-    if not match:
-        raise ValueError(f"policy '{text}': cannot read '{step}'; known are ra(n,m), ra(n,m,paper), ua, jigsaw(n)")
-    n, m, space, ua, tiles = match.groups()
-    if ua:
-        return UniformAugment()
-    return Jigsaw(int(tiles)) if tiles else RandAugment(int(n), float(m), space or "released")
 
 
 # ------------------------------------------------------------------------------------------------- standard views
@@ -446,7 +442,7 @@ def normalize(x):
 # data: files in, uint8 batches out
 # =====================================================================================================================
 
-RESIDENT = 64  # up to this many pixels a side, a data set is read once and lives on the device as one uint8 tensor
+RESIDENT = 64  # up to this many pixels a side, images are read once into one uint8 tensor, for training on the device
 
 
 class Data(NamedTuple):
@@ -580,9 +576,6 @@ class EvalLoader:
         self.data, self.size, self.device, self.workers = data, size, device, workers
         mine = list(range(rank, len(data.images), world))
         self.order = [mine[i : i + batch] for i in range(0, len(mine), batch)]
-
-    def __len__(self):
-        return len(self.order)
 
     def __getitem__(self, i):
         return read_centre(self.data.images[i], self.size, round(self.size * 8 / 7)), self.data.labels[i]
