@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torchvision import datasets, utils
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+from torchvision.transforms.functional import pil_to_tensor, resize
 
 # =====================================================================================================================
 # views: pixels in, pixels out
@@ -470,7 +470,7 @@ def load_data(data, root, size, download=True):
         paths = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
         if not paths:
             raise FileNotFoundError(f"no images in {folder}: {layout}, or images without labels anywhere below it")
-        return Data(read_all(paths, size) if size <= RESIDENT else paths, None, []), None
+        return Data(read_all(paths, size)[0] if size <= RESIDENT else paths, None, []), None
     try:
         train, test = datasets.ImageFolder(folder / "train"), datasets.ImageFolder(val)
     except FileNotFoundError as error:
@@ -481,8 +481,8 @@ def load_data(data, root, size, download=True):
 
     def pack(found):
         paths = [path for path, _ in found.samples]
-        images = read_all(paths, size) if size <= RESIDENT else paths
-        return Data(images, torch.tensor(found.targets), found.classes)
+        images, good = read_all(paths, size) if size <= RESIDENT else (paths, slice(None))
+        return Data(images, torch.tensor(found.targets)[good], found.classes)
 
     return pack(train), pack(test)
 
@@ -500,23 +500,51 @@ def torchvision_cifar10(root, train, size, download):
 
 
 def read_image(path):
-    """The file as an RGB Pillow image. Raises OSError naming the file."""
+    """The file as an RGB Pillow image. Raises OSError naming the file, whatever is wrong with it."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+                image = image.point(lambda level: level * (1 / 256)).convert("L")
             return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise OSError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except Exception as error:  # broken files make Pillow raise nearly anything
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"cannot read {path}: {reason}") from None
 
 
 def read_centre(path, size, shorter):
-    """(3, size, size) uint8: the shorter side resized to `shorter`, then the centre."""
-    return pil_to_tensor(center_crop(resize(read_image(path), shorter), size))
+    """(3, size, size) uint8: the shorter side resized to `shorter`, then the centre; of one image only the crop."""
+    image = read_image(path)
+    side = min(image.size) * size / shorter
+    left, top = ((length - side) / 2 for length in image.size)
+    box = (left, top, left + side, top + side)
+    return pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
 def read_all(paths, size):
-    """n files → (n, 3, size, size) uint8."""
+    """n files → uint8 (k, 3, size, size) of the k that can be read, and which those are, (n,) bool."""
+    def read(path):
+        try:
+            return read_centre(path, size, size), ""
+        except OSError as error:
+            return None, str(error)
+
     with ThreadPoolExecutor() as pool:
-        return torch.stack(list(pool.map(lambda path: read_centre(path, size, size), paths)))
+        images, errors = zip(*pool.map(read, paths))
+    tolerate([error for error in errors if error], len(paths), quiet=os.environ.get("RANK", "0") != "0")
+    return torch.stack([x for x in images if x is not None]), torch.tensor([not error for error in errors])
+
+
+@functools.cache
+def warn(error):  # cached: once for each file
+    print(f"WARNING: {error}", file=sys.stderr, flush=True)
+
+
+def tolerate(errors, n, quiet=False):
+    """A few broken files end no run. More than 1 % of n do, with an OSError: then something is wrong with all of it."""
+    for error in errors:
+        quiet or warn(error)
+    if len(errors) > n / 100:
+        raise OSError(f"{len(errors)} of {n} images cannot be read, that is more than 1 %; the last: {errors[-1]}")
 
 
 def generator(*key):
@@ -530,12 +558,16 @@ class TrainLoader:
     batch is the global one: each rank gets its share of every global batch, and the last images that fill none are left
     to another epoch. The order comes from (seed, epoch) alone, and so does every crop, with the image's number for
     streamed images and the step and rank for those on the device; set_epoch(e, first=s) goes on at step s.
+
+    A streamed image that cannot be read is replaced by another; `unreadable` counts them. Raises OSError if they are
+    many.
     """
 
     def __init__(self, data, batch, crops, size, scale=(0.2, 1.0), seed=0, rank=0, world=1, device="cpu", workers=0):
         self.data, self.batch, self.crops, self.size, self.scale = data, batch, crops, size, scale
         self.seed, self.rank, self.world, self.device, self.workers = seed, rank, world, device, workers
         self.resident = data.images.to(device) if torch.is_tensor(data.images) else None
+        self.unreadable = 0  # of this epoch
         self.set_epoch(0)
 
     def __len__(self):
@@ -547,12 +579,21 @@ class TrainLoader:
         self.epoch, self.first, self.order = epoch, first, order.tolist()  # order: this rank's images, step by step
 
     def __getitem__(self, i):  # in a worker: decode once, crop, and nothing else
-        image, g = read_image(self.data.images[i]), generator(self.seed, self.epoch, i)
+        g, errors = generator(self.seed, self.epoch, i), []
+        for _ in range(10):
+            try:
+                image = read_image(self.data.images[i])
+                break
+            except OSError as error:
+                errors.append(str(error))
+                i = torch.randint(len(self.data.images), (), generator=g).item()
+        else:
+            raise OSError(f"10 images in a row cannot be read, the last: {errors[-1]}")
         boxes = crop_boxes(self.crops, image.height, image.width, self.scale, generator=g)
         crops = [image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
                  for x, y, w, h in boxes.tolist()]
         label = 0 if self.data.labels is None else self.data.labels[i]
-        return torch.stack([pil_to_tensor(crop) for crop in crops]), label
+        return torch.stack([pil_to_tensor(crop) for crop in crops]), label, "\n".join(errors)
 
     def __iter__(self):
         if self.resident is None:
@@ -569,7 +610,8 @@ class EvalLoader:
     """This rank's share of a labelled data set: uint8 (b, 3, size, size) and labels (b,), both on the device.
 
     Every image comes once, on one rank, and none is dropped or repeated, so the ranks' numbers may differ by one.
-    Streamed images have their shorter side resized to 8/7 of size (256 for 224) and are cropped to the centre.
+    Streamed images have their shorter side resized to 8/7 of size (256 for 224) and are cropped to the centre. One that
+    cannot be read is left out. Raises OSError if they are many.
     """
 
     def __init__(self, data, batch, size, rank=0, world=1, device="cpu", workers=0):
@@ -578,7 +620,10 @@ class EvalLoader:
         self.order = [mine[i : i + batch] for i in range(0, len(mine), batch)]
 
     def __getitem__(self, i):
-        return read_centre(self.data.images[i], self.size, round(self.size * 8 / 7)), self.data.labels[i]
+        try:
+            return read_centre(self.data.images[i], self.size, round(self.size * 8 / 7)), self.data.labels[i], ""
+        except OSError as error:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), self.data.labels[i], str(error)
 
     def __iter__(self):
         if not torch.is_tensor(self.data.images):
@@ -593,8 +638,15 @@ def stream(loader):
     batches = torch.utils.data.DataLoader(
         loader, batch_sampler=loader.order, num_workers=min(loader.workers, os.cpu_count()),
         pin_memory=torch.device(loader.device).type == "cuda")
-    for batch in batches:
-        yield [x.to(loader.device, non_blocking=True) for x in batch]
+    n, errors = sum(map(len, loader.order)), []
+    for x, labels, messages in batches:
+        errors += "\n".join(filter(None, messages)).splitlines()
+        tolerate(errors, n)
+        loader.unreadable = len(errors)
+        if any(messages) and isinstance(loader, EvalLoader):
+            good = torch.tensor([not message for message in messages])
+            x, labels = x[good], labels[good]
+        yield x.to(loader.device, non_blocking=True), labels.to(loader.device, non_blocking=True)
 
 
 def glyphs(n, size, seed):
@@ -658,7 +710,7 @@ def main():
         torch.manual_seed(args.seed)
         policies = {text: parse_policy(text) for text in args.heavy}
         size = args.size or (224 if args.images else 24)
-        x = read_all(args.images, size) if args.images else glyphs(10, size, args.seed).images
+        x = read_all(args.images, size)[0] if args.images else glyphs(10, size, args.seed).images
         sv = standard(random_resized_crop(x, size) / 255, flips=bool(args.images), blur=size > RESIDENT)
         rows = {"Original image": x / 255, "Standard view": sv}
         rows |= {f"+ {text}": heavy(sv) for text, heavy in policies.items()}

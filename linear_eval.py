@@ -140,6 +140,8 @@ def parse_args(argv=None):
     add("--lr", type=number(float, 0), help="learning rate for a batch of 256; it scales with the batch")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all that is random (default: 0)")
     add("--workers", type=number(int, 0), default=8, help="processes a rank that read streamed images (default: 8)")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        help="compute in bfloat16, by default on GPUs alone")
     args = parser.parse_args(argv)
     recipe = args.recipe or args.data
     if recipe not in RECIPES:
@@ -200,7 +202,7 @@ def train(args):
 
     @torch.no_grad()
     def features(x):
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             return backbone(augment.normalize(x)).float()
 
     say(f"{args.backbone} ({d} features) on {args.data}: {len(train_set.images):,} images, {len(test_set.images):,} to "
@@ -220,14 +222,14 @@ def train(args):
             optimizer.step()
             total += loss.detach()
 
-        right = torch.zeros(2, dtype=torch.float64, device=device)  # among the first 1, among the first 5
+        right = torch.zeros(3, dtype=torch.float64, device=device)  # among the first 1, among the first 5, all
         with torch.no_grad():
             for x, labels in test_loader:
                 hit = linear(features(x / 255)).topk(min(5, classes)).indices == labels[:, None]
-                right += torch.stack([hit[:, 0].sum(), hit.sum()])
+                right += torch.stack([hit[:, 0].sum(), hit.sum(), torch.tensor(len(hit), device=device)])
         dist.all_reduce(right)
         dist.all_reduce(total)
-        top1, top5 = (100 * right / len(test_set.images)).tolist()
+        top1, top5, _ = (100 * right / right[2]).tolist()
         best = max(best, top1)
         say(f"epoch {epoch + 1:3d}/{args.epochs}  loss {total.item() / steps / world:.4f}  top-1 {top1:.2f} %  "
             f"top-5 {top5:.2f} %  {time.time() - start:.0f} s", flush=True)
@@ -236,11 +238,14 @@ def train(args):
 
     if not all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items()):
         fail("the backbone has changed: this result is not a linear evaluation")
-    result = dict(top1=round(top1, 3), top5=round(top5, 3), best_top1=round(best, 3), images=len(test_set.images))
+    result = dict(top1=round(top1, 3), top5=round(top5, 3), best_top1=round(best, 3), images=int(right[2]))
     say(json.dumps(result | {key: value for key, value in vars(args).items() if key not in ("root", "recipe", "workers")}))
     del ddp  # before its process group: with torch 2.11 the other order can wait for ever
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    train(parse_args())
+    try:
+        train(parse_args())
+    except OSError as error:  # a disk that is full or gone; the last line, since a worker's error brings its traceback
+        sys.exit(f"{Path(__file__).name}: {str(error).splitlines()[-1]}")

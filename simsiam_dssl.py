@@ -11,6 +11,7 @@ SimSiam: arXiv 2011.10566.   DSSL: "Directional Self-supervised Learning for Hea
 Dimensions: b images on this rank, v views, c channels, h × w pixels, d features, q queries, n bank, k neighbours.
 """
 import argparse
+import io
 import json
 import math
 import os
@@ -165,12 +166,12 @@ def all_rows(x):
 
 
 @torch.no_grad()
-def features(backbone, loader):
+def features(backbone, loader, bf16=False):
     """ℓ2-normalised features and labels of this rank's share of the images, (n, d) and (n,), with BN in eval mode."""
     device, was_training, out = next(backbone.parameters()).device, backbone.training, []
     backbone.eval()
     for x, y in loader:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             x = F.normalize(backbone(augment.normalize(x / 255)).float(), dim=1)
         out.append((x.half() if x.is_cuda else x, y))  # a bank of ImageNet's size takes 5 GB in half precision
     backbone.train(was_training)
@@ -178,13 +179,13 @@ def features(backbone, loader):
 
 
 @torch.no_grad()
-def knn_accuracy(backbone, bank_loader, query_loader, classes, k=200, t=0.1):
+def knn_accuracy(backbone, bank_loader, query_loader, classes, k=200, t=0.1, bf16=False):
     """kNN top-1 in percent over all queries of all ranks, the same number on every rank.
 
     Each rank keeps its share of the bank, finds its own k nearest for everyone's queries, and the best k of these
     world × k candidates vote. Every rank must hold the same weights and BN buffers (see sync_buffers).
     """
-    (bank, labels), (mine, truth) = features(backbone, bank_loader), features(backbone, query_loader)
+    (bank, labels), (mine, truth) = (features(backbone, loader, bf16) for loader in (bank_loader, query_loader))
     k = min(k, len(all_rows(labels)))
     query, truth = all_rows(mine), all_rows(truth)
     right = 0
@@ -241,6 +242,8 @@ def parse_args(argv=None):
     add("--out", help="folder to write into, and to go on from (default: under runs/, named by the settings)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all that is random (default: 0)")
     add("--workers", type=number(int, 0), default=8, help="processes a rank that read streamed images (default: 8)")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        help="compute in bfloat16, by default on GPUs alone")
     recipe("--arch", choices=["small", "resnet18", "resnet34", "resnet50", "resnet101"], help="backbone")
     recipe("--stem", choices=["cifar", "imagenet"], help="3 × 3 convolution and no max-pool, or 7 × 7 and max-pool")
     recipe("--size", type=number(int, 8), help="pixels a side of a view")
@@ -298,9 +301,22 @@ def in_words(args):
 
 def write(path, content):
     """All or nothing: text, or what torch.save takes, goes into another file, which then replaces the old one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(content) if isinstance(content, str) else torch.save(content, part)
-    os.replace(part, path)
+    part, data = path.with_name(path.name + ".part"), io.BytesIO()
+    data.write(content.encode()) if isinstance(content, str) else torch.save(content, data)
+    try:
+        with open(part, "wb") as file:
+            file.write(data.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # the content is on the disk before the name is
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error.strerror}); what was there before is still there") from None
+
+
+def on_signal(action):
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sent, action)
 
 
 def train(args):
@@ -315,8 +331,7 @@ def train(args):
         torch.cuda.set_device(device)
     alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    for sent in (signal.SIGTERM, signal.SIGINT):  # until the first step, just end
-        signal.signal(sent, lambda number, _: sys.exit(128 + number))
+    on_signal(signal.SIG_DFL)  # until the first step, just end
 
     # output: a folder that holds this very run, or none yet; rank 0 alone reads and writes it
     out, saved = Path(args.out), [None]
@@ -326,9 +341,15 @@ def train(args):
     try:
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "log.jsonl").touch()
+            lock = open(out / ".lock", "w")
     except OSError as error:
         fail(f"cannot write into --out {out}: {error.strerror}")
+    if rank == 0 and os.name == "posix":  # the system frees the lock however this process ends
+        import fcntl
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"another run is writing into {out}: wait for its end, or take another --out")
     if rank == 0 and (out / "checkpoint.pt").exists():
         try:
             saved = [torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)]
@@ -370,7 +391,7 @@ def train(args):
     # progress: with the model and the optimizer, all that a run needs to go on
     used = {term: unit for term, unit, weight in zip(TERMS, torch.eye(4).tolist(), args.weights) if weight}
     meters = torch.zeros(2 + len(used), dtype=torch.float64, device=device)  # loss, std and terms, summed over an epoch
-    step, history = 0, []
+    step, history, saved_at, stop = 0, [], time.time(), []  # stop: signals that came
     if state := saved.pop():
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -378,33 +399,61 @@ def train(args):
         meters += state["meters"].to(device) * (rank == 0)  # they were summed over the ranks
         del state
 
-    def checkpoint():
+    def require_finite(what, tensors):
+        if not all(x.isfinite().all() for x in tensors):
+            lr = optimizer.param_groups[0]["lr"]
+            fail(f"{what} is not finite by step {step}, lr {lr:g}: lower --lr; {out} has the last good state")
+
+    def totals():
         dist.all_reduce(total := meters.clone())
+        require_finite("the loss", [total])
+        return total
+
+    def checkpoint():
+        nonlocal saved_at
+        total, saved_at = totals(), time.time()
         sync_buffers(model)
-        if rank == 0:  # the checkpoint comes last: what a crash in between leaves behind is written again
-            write(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
+        if rank == 0:
+            state = model.state_dict()
+            require_finite("a weight", state.values())
             backbone = {key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}
             write(out / "backbone.pt", backbone)
             write(out / "checkpoint.pt", dict(
-                settings=settings, step=step, history=history, meters=total, model=model.state_dict(),
+                settings=settings, step=step, history=history, meters=total, model=state,
                 optimizer=optimizer.state_dict()))
+
+    def asked():
+        """Has any rank got a signal, and does rank 0 want a checkpoint? On the host: nothing waits for the GPU."""
+        due = rank == 0 and time.time() - saved_at > 600
+        dist.all_reduce(both := torch.tensor([*stop, 0][:1] + [due]), dist.ReduceOp.MAX)
+        return both.tolist()
+
+    def end(signal_number):
+        say(f"stopped after step {step} of {total_steps}; the same command goes on from here")
+        sys.exit(128 + signal_number)
 
     def report(epoch, **entry):
         line = f"epoch {epoch:3d}/{args.epochs}"
         if epoch:
             line += "  loss {loss:.4f}  std {std:.2f}  {images_per_s:,.0f} images/s  {seconds:.0f} s".format(**entry)
         if test_set and (epoch % args.knn_every == 0 or epoch == args.epochs):
-            sync_buffers(model)
-            entry["knn"] = knn_accuracy(model.backbone, *monitor, len(train_set.classes), args.k)
+            checkpoint()  # the monitor may take minutes, and a signal need not wait for it
+            on_signal(signal.SIG_DFL)
+            if sent := asked()[0]:
+                end(sent)
+            entry["knn"] = knn_accuracy(model.backbone, *monitor, len(train_set.classes), args.k, bf16=args.bf16)
             line += f"  kNN {entry['knn']:.2f} %" + " (untrained)" * (epoch == 0)
         history.append(dict(epoch=epoch, **entry))
+        if entry.get("unreadable"):
+            line += f"  {entry['unreadable']} images cannot be read"
         if epoch or test_set:
             say(line, flush=True)
         if entry.get("std", 1) < 0.2:
             say("WARNING: the std is low: all images are being projected to one point (collapse)")
         if epoch >= max(1, args.epochs / 10) and entry.get("knn", math.inf) < history[0].get("knn", 0) + 2:
             say("WARNING: kNN is not clearly above the untrained network's: nothing useful is being learnt")
-        checkpoint()
+        if rank == 0:
+            write(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
 
     steps = len(loader)
     total_steps, warm_steps = steps * args.epochs, args.warmup * steps
@@ -413,15 +462,13 @@ def train(args):
         f"{steps} steps, {world} × {device.type}, writing into {out}", flush=True)
     if not test_set:
         say("no labels: no kNN monitor")
-    if history:
+    if step:
         say(f"going on after step {step} of {total_steps}")
-    else:
+    if not history:
         report(epoch=0)
-    stop = []  # signals that came: from here on, the step under way ends first
-    for sent in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sent, lambda number, _: stop.append(number))
 
     for epoch in range(len(history) - 1, args.epochs):
+        on_signal(lambda number, _: stop.append(number))  # the step under way ends first
         loader.set_epoch(epoch, first=step - epoch * steps)
         start, first, rate = time.time(), step, 0
         for batch, _ in loader:
@@ -441,7 +488,7 @@ def train(args):
                 rows |= {f"HV {i}": x[:10] for i, x in enumerate(hv, 1)}
                 augment.draw_views(rows, out / "views.png", scale=max(1, 96 // args.size))
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 outputs, z = ddp(v, v_hat)
             pairs = [[o[k : k + 2] for o in outputs] for k in range(0, n, 2)]
             loss = sum(dssl_loss(*pair, weights=args.weights) for pair in pairs)
@@ -459,23 +506,22 @@ def train(args):
                 minutes = (total_steps - step) * args.batch / rate / 60
                 say(f"epoch {epoch + 1:3d}/{args.epochs}  step {step % steps}/{steps}  {rate:,.0f} images/s  "
                     f"{minutes:.0f} min left    ", end="\r", flush=True)
-            interrupted = torch.tensor(stop[:1] or [0])
-            dist.all_reduce(interrupted, dist.ReduceOp.MAX)  # on the host: nothing waits for the GPU
-            if step % 50 == 0 or step % steps == 0 or interrupted:
-                dist.all_reduce(total := meters.clone())
-                if not total.isfinite().all():
-                    fail(f"the loss is not finite by step {step}, lr {lr:g}: lower --lr; {out} has the last good state")
-            if interrupted:
+            if step % 50 == 0:
+                totals()
+            sent, due = asked()
+            if sent or due:
                 checkpoint()
-                say(f"stopped after step {step} of {total_steps}; the same command goes on from here")
-                sys.exit(128 + interrupted.item())
+            if sent:
+                end(sent)
 
-        dist.all_reduce(meters)
-        loss, std, *terms = (meters / (steps * world)).tolist()
-        meters.zero_()
+        dist.all_reduce(unreadable := torch.tensor(loader.unreadable))
+        loss, std, *terms = (totals() / (steps * world)).tolist()
         report(epoch + 1, loss=loss, terms=dict(zip(used, terms)), std=std,
-               lr=optimizer.param_groups[0]["lr"], images_per_s=rate, seconds=time.time() - start)
+               lr=optimizer.param_groups[0]["lr"], images_per_s=rate, seconds=time.time() - start,
+               unreadable=unreadable.item())
+        meters.zero_()
 
+    checkpoint()
     say(f"the backbone is in {out}/backbone.pt")
     if test_set:
         say("its linear evaluation:", shlex.join([
@@ -486,4 +532,7 @@ def train(args):
 
 
 if __name__ == "__main__":
-    train(parse_args())
+    try:
+        train(parse_args())
+    except OSError as error:  # a disk that is full or gone; the last line, since a worker's error brings its traceback
+        sys.exit(f"{Path(__file__).name}: {str(error).splitlines()[-1]}")
