@@ -46,6 +46,17 @@ def like(t, x):
     return t.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else t.to(x.device)
 
 
+def in_slices(function):
+    """On a CPU, a large batch goes through the function in slices that stay in the cache: up to twice as fast."""
+    @functools.wraps(function)
+    def sliced(x, *args, **kwargs):
+        n = 1 + 2**21 // (1 + x[0].numel())
+        if x.is_cuda or len(x) <= n:
+            return function(x, *args, **kwargs)
+        return torch.cat([function(part, *args, **kwargs) for part in x.split(n)])
+    return sliced
+
+
 def rand(x, *shape):
     """Uniform [0, 1) draws for each image of x, (b, *shape), made on the host: the same on every device."""
     return like(torch.rand(len(x), *shape), x)
@@ -60,29 +71,40 @@ def by_choice(x, choice, functions, *args):
     """Give image i to functions[choice[i]], with row i of each of args.
 
     x (b, 3, h, w); choice (b,) and args (b, ...) on the host. One call for each function that was drawn, none for the
-    others, and no image is computed for nothing: the batch is sorted by choice, cut, and put back in order.
+    others, and no image is computed for nothing.
     """
     order = choice.argsort(stable=True)
     cuts = choice.bincount(minlength=len(functions)).tolist()
     rows = zip(*(like(a, x).split(cuts) for a in (order, *(a[order] for a in args))))
-    parts = [f(x[i], *a) for f, n, (i, *a) in zip(functions, cuts, rows) if n]
-    return torch.cat(parts)[like(order.argsort(), x)]
+    out = torch.empty_like(x)
+    for function, n, (i, *a) in zip(functions, cuts, rows):
+        if n:  # index_select is several times as fast as x[i] on a CPU
+            out.index_copy_(0, i, function(x.index_select(0, i), *a))
+    return out
+
+
+def change(x, chosen, function, *args):
+    """Write function(images, …) over the chosen images of x, with their rows of args; chosen (b,) bool on the host."""
+    if chosen.any():
+        i = like(chosen.nonzero()[:, 0], x)
+        x.index_copy_(0, i, function(x.index_select(0, i), *(like(a[chosen], x) for a in args)))
+    return x
 
 
 def level(x):
     """[0, 1] → the 256 levels that an image file would have, as floats 0, 1, …, 255."""
-    return (x * 255).round()
+    return (x * 255).round_()
 
 
 def gray(x):
     """Luma as Pillow's mode "L" has it (ITU-R 601-2, rounded to a level): (b, 3, h, w) → (b, 1, h, w)."""
-    r, g, b = x.unbind(1)
-    return (level(0.299 * r + 0.587 * g + 0.114 * b) / 255)[:, None]
+    luma = constant((0.299, 0.587, 0.114), x.device, x.dtype).view(1, 3)
+    return level(luma @ x.flatten(2)).div_(255).view(len(x), 1, *x.shape[2:])
 
 
 def blend(other, x, v):
     """From other (v = 0) over x (v = 1) and beyond: what Pillow's ImageEnhance does."""
-    return torch.lerp(other.expand_as(x), x, column(v)).clamp(0, 1)
+    return torch.lerp(other.expand_as(x), x, column(v)).clamp_(0, 1)
 
 
 def pick(x, source_x, source_y):
@@ -157,8 +179,10 @@ def contrast(x, v):
 
 def sharpness(x, v):
     """Away from (v > 1) or towards (v < 1) a smoothed image; the outermost pixels stay."""
+    rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+    around = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     smooth = x.clone()
-    smooth[..., 1:-1, 1:-1] = level((9 * F.avg_pool2d(x, 3, 1) + 4 * x[..., 1:-1, 1:-1]) / 13) / 255
+    smooth[..., 1:-1, 1:-1] = level((around + 4 * x[..., 1:-1, 1:-1]) / 13) / 255
     return blend(smooth, x, v)
 
 
@@ -284,10 +308,11 @@ class Jigsaw:
         n, (b, _, h, w) = self.n, x.shape
         if n > 1 and 2 * n > min(h, w):
             raise ValueError(f"jigsaw({n}) needs images of {2 * n} px or more, and these have {min(h, w)}")
-        if h % n == w % n == 0:
-            tiles = rearrange(x, "b c (i h) (j w) -> b (i j) c h w", i=n, j=n)
-            tiles = tiles[like(torch.arange(b)[:, None], x), like(torch.rand(b, n * n).argsort(1), x)]
-            return rearrange(tiles, "b (i j) c h w -> b c (i h) (j w)", i=n)
+        if h % n == w % n == 0:  # a tile's line, w / n pixels, is one run in memory
+            runs = rearrange(torch.arange(3 * h * n), "(c i y j) -> (i j) (c y)", c=3, i=n, j=n)  # of each tile
+            source = runs[torch.rand(b, n * n).argsort(1)] + 3 * h * n * torch.arange(b)[:, None, None]
+            source = rearrange(source, "b (i j) (c y) -> (b c i y j)", i=n, c=3)
+            return x.reshape(-1, w // n).index_select(0, like(source, x)).view(x.shape)
         y0, x0 = (torch.linspace(0, side, n + 1).long() for side in (h, w))  # where the tiles start, and the end
         size = rearrange(y0.diff()[:, None] * (w + 1) + x0.diff(), "i j -> (i j)")  # one number for each (height, width)
         source = torch.empty(b, n * n, dtype=torch.long)  # tile k shows what was in tile source[k]
@@ -328,8 +353,8 @@ def parse_policy(text, size=None):
         raise ValueError(f"policy '{text}': the probabilities before * must be given for every branch and add up to 1")
     functions = [functools.partial(functools.reduce, lambda x, step: step(x), steps) for steps in branches]
     if len(functions) == 1:
-        return functions[0]
-    return lambda x: by_choice(x, torch.tensor(chances).multinomial(len(x), replacement=True), functions)
+        return in_slices(functions[0])
+    return in_slices(lambda x: by_choice(x, torch.tensor(chances).multinomial(len(x), replacement=True), functions))
 
 
 # ------------------------------------------------------------------------------------------------- standard views
@@ -360,46 +385,58 @@ def random_resized_crop(x, size, scale=(0.2, 1.0), generator=None):
     widens when it shrinks the image (Pillow's antialiased bilinear) and that ends at the edge of the box.
     """
     b, _, h, w = x.shape
-    left, top, width, height = like(crop_boxes(b, h, w, scale, generator=generator), x)[..., None, None].unbind(1)
+    left, top, width, height = like(crop_boxes(b, h, w, scale, generator=generator), x).view(b, 4, 1, 1).unbind(1)
 
     def weights(start, length, side):  # b size side
         step = length / size
         centre = start + (torch.arange(size, device=x.device)[:, None] + 0.5) * step
         pixel = torch.arange(side, device=x.device)
-        share = (1 - (pixel + 0.5 - centre).abs() / step.clamp(min=1)).clamp(min=0)
-        share = share * ((pixel >= start) & (pixel < start + length))
-        return (share / share.sum(-1, keepdim=True))[:, None]
+        share = (1 - (pixel + 0.5 - centre).abs() / step.clamp(min=1)).clamp_(min=0)
+        share *= (pixel >= start) & (pixel < start + length)
+        return share / share.sum(-1, keepdim=True)
 
-    out = weights(top, height, h) @ x.float() @ weights(left, width, w).mT
-    return out.round().clamp(0, 255).to(x.dtype) if x.dtype == torch.uint8 else out.to(x.dtype)
+    out = weights(top, height, h) @ rearrange(x, "b c h w -> b h (c w)").float()
+    out = rearrange(out, "b size (c w) -> b (c size) w", c=3) @ weights(left, width, w).mT
+    out = out.view(b, 3, size, size)
+    return out.round_().clamp_(0, 255).to(x.dtype) if x.dtype == torch.uint8 else out.to(x.dtype)
 
 
 def flip(x, p=0.5):
     """Mirror each image left to right with probability p."""
-    return torch.where(column(rand(x)) < p, x.flip(3), x)
+    return change(x.clone(), torch.rand(len(x)) < p, lambda x: x.flip(3))
 
 
 def hue(x, v):
     """Turn the hue by v (b,) turns, in [-0.5, 0.5], over HSV as Pillow and torchvision do."""
     r, g, b = x.unbind(1)
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    sector = torch.where(value == r, g - b, torch.where(value == g, b - r, r - g)) / chroma.clamp(min=1e-6)
-    sector = sector + torch.where(value == r, 0, torch.where(value == g, 2, 4)) + 6 * v.view(-1, 1, 1)  # b h w
-    offset = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)  # 5, 3, 1 for red, green, blue
-    k = (offset + sector[:, None]).remainder(6)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    sector = torch.where(value == r, g - b, torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma))
+    turns = sector / (6 * chroma).clamp_(min=1e-6) + v.view(-1, 1, 1)  # b h w
+    k = turns[:, None] + constant((5 / 6, 3 / 6, 1 / 6), x.device, x.dtype)  # red, green, blue
+    k = (k - k.floor()).mul_(6)
+    return value[:, None] - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma[:, None])
 
 
 def color_jitter(x, strength=(0.4, 0.4, 0.4, 0.1), p=0.8):
-    """Brightness, contrast, saturation and hue, with probability p, in an order that each image draws."""
+    """Brightness, contrast, saturation and hue, with probability p, in an order that each image draws.
+
+    The first three blend the image with black, with its mean grey or with its greys: one formula. So all images go
+    through four rounds of it, and those whose turn it is have their hue changed.
+    """
     b = len(x)
-    u = torch.rand(b, 4) * 2 - 1
-    factor = u * torch.tensor(strength) + torch.tensor([1, 1, 1, 0])
+    factor = (torch.rand(b, 4) * 2 - 1) * torch.tensor(strength) + torch.tensor([1, 1, 1, 0])
     order = torch.rand(b, 4).argsort(1)
     apply = torch.rand(b) < p
-    functions = [OPS["Brightness"], OPS["Contrast"], OPS["Color"], hue, OPS["Identity"]]
     for which in order.T:
-        x = by_choice(x, torch.where(apply, which, 4), functions, factor.gather(1, which[:, None])[:, 0])
+        f = factor.gather(1, which[:, None])[:, 0]
+        turn = apply & (which == 3)
+        keep = torch.where(apply & (which < 3), f, 1)
+        keep, mean, greys = like(torch.stack([keep, (1 - keep) * (which == 1), (1 - keep) * (which == 2)]), x)
+        luma = gray(x)
+        other = level(luma.mean((2, 3), keepdim=True)) / 255 * column(mean) + luma * column(greys)
+        x = (x * column(keep)).add_(other).clamp_(0, 1)
+        x = change(x, turn, hue, f)
     return x
 
 
@@ -412,6 +449,7 @@ def gaussian_blur(x, sigma):
     return x
 
 
+@in_slices
 def standard(x, flips=True, blur=False):
     """Standard views of crops, (b, 3, h, w) in [0, 1]: flip, colour jitter, grayscale, blur (App. A.1).
 
@@ -419,10 +457,9 @@ def standard(x, flips=True, blur=False):
     """
     x = flip(x) if flips else x
     x = color_jitter(x)
-    x = torch.where(column(rand(x)) < 0.2, gray(x), x)
+    x = change(x, torch.rand(len(x)) < 0.2, lambda x: gray(x).expand_as(x))
     if blur:
-        drawn, sigma = (torch.rand(len(x)) < 0.5).long(), 0.1 + 1.9 * torch.rand(len(x))
-        x = by_choice(x, drawn, [OPS["Identity"], gaussian_blur], sigma)
+        x = change(x, torch.rand(len(x)) < 0.5, gaussian_blur, 0.1 + 1.9 * torch.rand(len(x)))
     return x
 
 
@@ -435,7 +472,7 @@ def constant(values, device, dtype):
 def normalize(x):
     """[0, 1] → about zero mean and unit deviation. ImageNet's statistics for all data, so that backbones can travel."""
     mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return (x - constant(mean, x.device, x.dtype)) / constant(std, x.device, x.dtype)
+    return (x - constant(mean, x.device, x.dtype)).div_(constant(std, x.device, x.dtype))
 
 
 # =====================================================================================================================
