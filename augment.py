@@ -110,9 +110,10 @@ def blend(other, x, v):
 def pick(x, source_x, source_y):
     """out[:, :, i, j] = x at (source_x, source_y)[i, j], black where that lies outside; sources (b, h, w)."""
     h, w = x.shape[2:]
-    inside = (source_x >= 0) & (source_x < w) & (source_y >= 0) & (source_y < h)
-    index = (source_y.clamp(0, h - 1) * w + source_x.clamp(0, w - 1)).long().flatten(1)
-    return x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1)).view_as(x) * inside[:, None]
+    near_x, near_y = source_x.clamp(0, w - 1), source_y.clamp(0, h - 1)
+    inside = (near_x == source_x) & (near_y == source_y)
+    index = (near_y * w).add_(near_x).long().flatten(1)
+    return x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1)).view(x.shape).mul_(inside[:, None])
 
 
 def affine(x, a=1, b=0, c=0, d=0, e=1, f=0):
@@ -124,7 +125,7 @@ def affine(x, a=1, b=0, c=0, d=0, e=1, f=0):
     ys = torch.arange(x.shape[2], device=x.device)[:, None] + 0.5
     xs = torch.arange(x.shape[3], device=x.device)[None, :] + 0.5
     grid = torch.zeros(len(x), *x.shape[2:], device=x.device)
-    return pick(x, (grid + a * xs + b * ys + c).floor(), (grid + d * xs + e * ys + f).floor())
+    return pick(x, (grid + (a * xs + c)).add_(b * ys).floor_(), (grid + (e * ys + f)).add_(d * xs).floor_())
 
 
 # ------------------------------------------------------------------------------------------------- operations
@@ -391,9 +392,9 @@ def random_resized_crop(x, size, scale=(0.2, 1.0), generator=None):
         step = length / size
         centre = start + (torch.arange(size, device=x.device)[:, None] + 0.5) * step
         pixel = torch.arange(side, device=x.device)
-        share = (1 - (pixel + 0.5 - centre).abs() / step.clamp(min=1)).clamp_(min=0)
+        share = (1 - (pixel + 0.5 - centre).abs_().div_(step.clamp(min=1))).clamp_(min=0)
         share *= (pixel >= start) & (pixel < start + length)
-        return share / share.sum(-1, keepdim=True)
+        return share.div_(share.sum(-1, keepdim=True))
 
     out = weights(top, height, h) @ rearrange(x, "b c h w -> b h (c w)").float()
     out = rearrange(out, "b size (c w) -> b (c size) w", c=3) @ weights(left, width, w).mT
@@ -409,13 +410,13 @@ def flip(x, p=0.5):
 def hue(x, v):
     """Turn the hue by v (b,) turns, in [-0.5, 0.5], over HSV as Pillow and torchvision do."""
     r, g, b = x.unbind(1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
-    sector = torch.where(value == r, g - b, torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma))
+    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = high - low
+    sector = torch.where(high == r, g - b, torch.where(high == g, b - r + 2 * chroma, r - g + 4 * chroma))
     turns = sector / (6 * chroma).clamp_(min=1e-6) + v.view(-1, 1, 1)  # b h w
-    k = turns[:, None] + constant((5 / 6, 3 / 6, 1 / 6), x.device, x.dtype)  # red, green, blue
-    k = (k - k.floor()).mul_(6)
-    return value[:, None] - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma[:, None])
+    away = turns[:, None] + constant((1 / 2, 1 / 6, -1 / 6), x.device, x.dtype)  # of each channel from its opposite
+    away = (away - away.round()).abs_().clamp_(1 / 6, 1 / 3)  # up to a sixth the channel is low, from a third high
+    return away.mul_(6 * chroma[:, None]).add_((low - chroma)[:, None]).clamp_(0, 1)
 
 
 def color_jitter(x, strength=(0.4, 0.4, 0.4, 0.1), p=0.8):
@@ -424,7 +425,7 @@ def color_jitter(x, strength=(0.4, 0.4, 0.4, 0.1), p=0.8):
     The first three blend the image with black, with its mean grey or with its greys: one formula. So all images go
     through four rounds of it, and those whose turn it is have their hue changed.
     """
-    b = len(x)
+    x, b = x.clone(), len(x)
     factor = (torch.rand(b, 4) * 2 - 1) * torch.tensor(strength) + torch.tensor([1, 1, 1, 0])
     order = torch.rand(b, 4).argsort(1)
     apply = torch.rand(b) < p
@@ -435,8 +436,8 @@ def color_jitter(x, strength=(0.4, 0.4, 0.4, 0.1), p=0.8):
         keep, mean, greys = like(torch.stack([keep, (1 - keep) * (which == 1), (1 - keep) * (which == 2)]), x)
         luma = gray(x)
         other = level(luma.mean((2, 3), keepdim=True)) / 255 * column(mean) + luma * column(greys)
-        x = (x * column(keep)).add_(other).clamp_(0, 1)
-        x = change(x, turn, hue, f)
+        x.mul_(column(keep)).add_(other).clamp_(0, 1)
+        change(x, turn, hue, f)
     return x
 
 
@@ -626,11 +627,13 @@ class TrainLoader:
                 i = torch.randint(len(self.data.images), (), generator=g).item()
         else:
             raise OSError(f"10 images in a row cannot be read, the last: {errors[-1]}")
-        boxes = crop_boxes(self.crops, image.height, image.width, self.scale, generator=g)
-        crops = [image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
-                 for x, y, w, h in boxes.tolist()]
+        image = pil_to_tensor(image)[None]
+        boxes = crop_boxes(self.crops, *image.shape[2:], self.scale, generator=g).tolist()
+        crops = [  # within a level of Pillow's, and three times as fast
+            F.interpolate(image[..., y : y + h, x : x + w], (self.size, self.size), mode="bilinear", antialias=True)
+            for x, y, w, h in boxes]
         label = 0 if self.data.labels is None else self.data.labels[i]
-        return torch.stack([pil_to_tensor(crop) for crop in crops]), label, "\n".join(errors)
+        return torch.cat(crops), label, "\n".join(errors)
 
     def __iter__(self):
         if self.resident is None:

@@ -692,6 +692,18 @@ def test_broken_images_end_no_run(broken, capfd):
         list(augment.TrainLoader(augment.Data(bad, None, []), 5, 1, 72))
 
 
+def test_streamed_crops_are_pillows(tmp_path):
+    levels = torch.randint(0, 256, (30, 40, 3), dtype=torch.uint8)
+    image = Image.fromarray(levels.numpy()).resize((400, 300), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "image.png")
+    loader = augment.TrainLoader(augment.Data([str(tmp_path / "image.png")], None, []), 1, 50, 72, seed=5)
+    (ours, _), = loader
+    boxes = augment.crop_boxes(50, 300, 400, (0.2, 1), generator=augment.generator(5, 0, 0)).tolist()
+    for crop, (x, y, w, h) in zip(ours[0], boxes):
+        theirs = TF.pil_to_tensor(image.crop((x, y, x + w, y + h)).resize((72, 72), Image.Resampling.BILINEAR))
+        assert (crop.int() - theirs.int()).abs().max() <= 1
+
+
 def test_workers_change_nothing(folder):
     train, _ = augment.load_data(str(folder), "", 72)
     alone, many = (list(augment.TrainLoader(train, 12, 2, 72, workers=n)) for n in (0, 2))

@@ -138,7 +138,7 @@ def ours(x, size, blurred, policy="ra(2,5)+jigsaw(4)"):
     def run():
         crops = torch.cat([augment.random_resized_crop(x, size) for _ in range(2)])
         sv = augment.standard(crops / 255, True, blurred)
-        return augment.normalize(sv), augment.normalize(heavy(sv))
+        return sv, heavy(sv)
 
     return run
 
