@@ -167,8 +167,10 @@ def train(args):
         fail(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
-    alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
+    # torchrun --max-restarts keeps its store: by that prefix, new ranks do not find the addresses of dead ones in it
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
 
     try:
         backbone, d = load_backbone(args.backbone)
