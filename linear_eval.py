@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -97,8 +98,8 @@ def number(kind, low, high=math.inf):
 
 
 def fail(message):
-    """End with exit code 1 and one line, printed by rank 0."""
-    sys.exit(f"{Path(__file__).name}: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+    """End with exit code 1 and one line, printed by the first rank of each machine."""
+    sys.exit(f"{Path(__file__).name}: {message}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 def load_backbone(path):
@@ -168,9 +169,10 @@ def train(args):
     if cuda:
         torch.cuda.set_device(device)
     store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
-    # torchrun --max-restarts keeps its store: by that prefix, new ranks do not find the addresses of dead ones in it
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # one machine, where torchrun keeps its store when it restarts
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # ranks: hide the dead ones'
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends
 
     try:
         backbone, d = load_backbone(args.backbone)
@@ -250,4 +252,4 @@ if __name__ == "__main__":
     try:
         train(parse_args())
     except OSError as error:  # a disk that is full or gone; the last line, since a worker's error brings its traceback
-        sys.exit(f"{Path(__file__).name}: {str(error).splitlines()[-1]}")
+        sys.exit(f"{Path(__file__).name}: {(str(error) or repr(error)).splitlines()[-1]}")

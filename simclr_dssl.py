@@ -270,8 +270,8 @@ def number(kind, low, high=math.inf):
 
 
 def fail(message):
-    """End with exit code 1 and one line, printed by rank 0."""
-    sys.exit(f"{Path(__file__).name}: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+    """End with exit code 1 and one line, printed by the first rank of each machine."""
+    sys.exit(f"{Path(__file__).name}: {message}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 def parse_args(argv=None):
@@ -379,15 +379,15 @@ def train(args):
     if cuda:
         torch.cuda.set_device(device)
     store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
-    # torchrun --max-restarts keeps its store: by that prefix, new ranks do not find the addresses of dead ones in it
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # one machine, where torchrun keeps its store when it restarts
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # ranks: hide the dead ones'
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     on_signal(signal.SIG_DFL)  # until the first step, just end
 
     # output: a folder that holds this very run, or none yet; rank 0 alone reads and writes it
     out, saved = Path(args.out), [None]
     settings = {"script": Path(__file__).stem} | vars(args)
-    for key in ("root", "out", "workers", "compile"):  # these change nothing
+    for key in ("root", "out", "workers", "compile"):  # these change nothing, or no more than rounding
         del settings[key]
     try:
         if rank == 0:
@@ -399,8 +399,10 @@ def train(args):
         import fcntl
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             fail(f"another run is writing into {out}: wait for its end, or take another --out")
+        except OSError:  # a file system without locks
+            pass
     if rank == 0 and (out / "checkpoint.pt").exists():
         try:
             saved = [torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)]
@@ -417,6 +419,9 @@ def train(args):
         train_set, test_set = augment.load_data(args.data, args.root, args.size, download=world == 1)
     except (ValueError, OSError) as error:
         fail(error)
+    sizes = torch.tensor([[len(s.images) if s else 0 for s in (train_set, test_set)]])
+    if (all_rows(sizes) != sizes).any():
+        fail(f"the ranks have different images, here {sizes.tolist()[0]}: give every machine the same data")
     if args.batch > len(train_set.images):
         fail(f"--batch {args.batch} is larger than the {len(train_set.images)} training images: lower it")
     if test_set and len(test_set.images) < world:
@@ -444,12 +449,12 @@ def train(args):
     # progress: with the model and the optimizer, all that a run needs to go on
     used = {term: unit for term, unit, weight in zip(TERMS, torch.eye(4).tolist(), args.weights) if weight}
     meters = torch.zeros(2 + len(used), dtype=torch.float64, device=device)  # loss, std and terms, summed over an epoch
-    step, history, saved_at, stop = 0, [], time.time(), []  # stop: signals that came
+    step, history, saved_at, stop = 0, [], time.time(), []  # stop: the signals that have come
     if state := saved.pop():
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, history = state["step"], state["history"]
-        meters += state["meters"].to(device) * (rank == 0)  # they were summed over the ranks
+        meters += state["meters"].to(device)  # a mean over the ranks, however many there were
         del state
 
     def require_finite(what, tensors):
@@ -472,13 +477,13 @@ def train(args):
             backbone = {key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}
             write(out / "backbone.pt", backbone)
             write(out / "checkpoint.pt", dict(
-                settings=settings, step=step, history=history, meters=total, model=state,
+                settings=settings, step=step, history=history, meters=total / world, model=state,
                 optimizer=optimizer.state_dict()))
 
     def asked():
         """Has any rank got a signal, and does rank 0 want a checkpoint? On the host: nothing waits for the GPU."""
         due = rank == 0 and time.time() - saved_at > 600
-        dist.all_reduce(both := torch.tensor([*stop, 0][:1] + [due]), dist.ReduceOp.MAX)
+        dist.all_reduce(both := torch.tensor([stop[0] if stop else 0, due]), dist.ReduceOp.MAX)
         return both.tolist()
 
     def end(signal_number):
@@ -489,9 +494,11 @@ def train(args):
         line = f"epoch {epoch:3d}/{args.epochs}"
         if epoch:
             line += "  loss {loss:.4f}  std {std:.2f}  {images_per_s:,.0f} images/s  {seconds:.0f} s".format(**entry)
-        if test_set and (epoch % args.knn_every == 0 or epoch == args.epochs):
-            checkpoint()  # the monitor may take minutes, and a signal need not wait for it
-            on_signal(signal.SIG_DFL)
+        measure = epoch % args.knn_every == 0 or epoch == args.epochs
+        if measure:
+            checkpoint()
+        if measure and test_set:
+            on_signal(signal.SIG_DFL)  # the monitor may take minutes, and a signal need not wait for it
             if sent := asked()[0]:
                 end(sent)
             entry["knn"] = knn_accuracy(model.backbone, *monitor, len(train_set.classes), args.k, bf16=args.bf16)
@@ -589,4 +596,4 @@ if __name__ == "__main__":
     try:
         train(parse_args())
     except OSError as error:  # a disk that is full or gone; the last line, since a worker's error brings its traceback
-        sys.exit(f"{Path(__file__).name}: {str(error).splitlines()[-1]}")
+        sys.exit(f"{Path(__file__).name}: {(str(error) or repr(error)).splitlines()[-1]}")

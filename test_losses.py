@@ -635,14 +635,15 @@ def test_loaders(folder, size):
 
 def test_odd_images_are_read(tmp_path):
     x = Image.fromarray(torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8).numpy())
-    deep = Image.new("I;16", (60, 40), 128 * 256)
+    deep, long = Image.new("I;16", (60, 40), 128 * 256), Image.new("I", (60, 40), 128 * 256)
     for i, (image, suffix) in enumerate([(x.convert("L"), "png"), (x.convert("CMYK"), "jpg"), (x.convert("P"), "gif"),
                                          (x.convert("1"), "png"), (x.convert("RGBA"), "png"), (deep, "png"),
-                                         (deep, "tif"), (x.resize((1, 1)), "png"), (x.resize((2000, 2)), "jpg")]):
+                                         (deep, "tif"), (Image.new("I;16B", (60, 40), 128 * 256), "tif"), (long, "tif"),
+                                         (Image.new("I", (60, 40), 128), "tif"), (x.resize((1, 1)), "png"), (x.resize((2000, 2)), "jpg")]):
         path = tmp_path / f"{i}.{suffix}"
         image.save(path)
         assert augment.read_image(path).mode == "RGB" and augment.read_centre(path, 72, 82).shape == (3, 72, 72)
-        if image is deep:  # not cut off at 255
+        if image.mode[0] == "I":  # not cut off at 255, not darkened
             assert augment.read_centre(path, 72, 82).unique().tolist() == [128]
         loader = augment.TrainLoader(augment.Data([str(path)] * 2, None, []), 2, 2, 72)
         assert next(iter(loader))[0].shape == (2, 2, 3, 72, 72)
@@ -1012,6 +1013,23 @@ def test_a_full_disk_leaves_the_last_good_file(folder, tmp_path, monkeypatch):
     run(simsiam_dssl, folder, tmp_path / "run")  # and goes on
 
 
+def test_a_signal_to_the_whole_group_leaves_a_checkpoint(folder, tmp_path):
+    line = ["--data", str(folder), "--recipe", "glyphs", "--size", "72", "--batch", "12", "--epochs", "500", "--knn-every", "500",
+            "--workers", "1", "--out", str(tmp_path / "run")]
+    with subprocess.Popen([sys.executable, simsiam_dssl.__file__, *line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, start_new_session=True) as process:
+        try:
+            for text in process.stdout:
+                if text.startswith("epoch   2"):
+                    break
+            os.killpg(process.pid, signal.SIGTERM)  # as torchrun and clusters do
+            rest = process.stdout.read()
+            assert process.wait(60) == 143 and "stopped after step" in rest and "Traceback" not in rest
+        finally:
+            process.kill()
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 6
+
+
 def test_two_runs_do_not_share_a_folder(folder, tmp_path):
     code = f"import fcntl; f = open('{tmp_path}/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -1153,7 +1171,8 @@ def test_ranks(world, folder, tmp_path):
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(one["buffers"], other["buffers"])) and one["knn"] == other["knn"]
     assert all(r["all_rows"].tolist() == [[0, 0]] * 3 + [[1, 1]] * 2 + [[2, 2]] * (world > 2) for r in results)
-    assert [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == [0, 1]
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log] == [0, 1] and 0.7 < log[1]["std"] < 1.3  # of one rank's steps and the others'
     with undisturbed():  # the same in one process
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         for m, name in zip(METHODS, MODELS):
