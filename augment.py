@@ -145,7 +145,8 @@ def auto_contrast(x, v=None):
 def equalize(x, v=None):
     """Flatten each channel's histogram, with Pillow's integer arithmetic."""
     pixels = level(x).long().flatten(2)  # b 3 (h w)
-    count = torch.zeros(*pixels.shape[:2], 256, device=x.device).scatter_add_(2, pixels, torch.ones_like(pixels).float())
+    one = torch.ones((), device=x.device).expand_as(pixels)
+    count = torch.zeros(*pixels.shape[:2], 256, device=x.device).scatter_add_(2, pixels, one)
     last = count.gather(2, pixels.amax(2, keepdim=True))  # how many pixels have the brightest level
     step = (count.sum(2, keepdim=True) - last).div(255, rounding_mode="floor")
     before = count.cumsum(2) - count  # pixels darker than this level
@@ -315,9 +316,9 @@ class Jigsaw:
             raise ValueError(f"jigsaw({n}) needs images of {2 * n} px or more, and these have {min(h, w)}")
         if h % n == w % n == 0:  # a tile's line, w / n pixels, is one run in memory
             runs = rearrange(torch.arange(3 * h * n), "(c i y j) -> (i j) (c y)", c=3, i=n, j=n)  # of each tile
-            source = runs[torch.rand(b, n * n).argsort(1)] + 3 * h * n * torch.arange(b)[:, None, None]
-            source = rearrange(source, "b (i j) (c y) -> (b c i y j)", i=n, c=3)
-            return x.reshape(-1, w // n).index_select(0, like(source, x)).view(x.shape)
+            source = runs.index_select(0, torch.rand(b, n * n).argsort(1).flatten())
+            source = rearrange(source, "(b i j) (c y) -> b (c i y j)", i=n, j=n, c=3) + 3 * h * n * torch.arange(b)[:, None]
+            return x.reshape(-1, w // n).index_select(0, like(source.flatten(), x)).view(x.shape)
         y0, x0 = (torch.linspace(0, side, n + 1).long() for side in (h, w))  # where the tiles start, and the end
         size = rearrange(y0.diff()[:, None] * (w + 1) + x0.diff(), "i j -> (i j)")  # one number for each (height, width)
         source = torch.empty(b, n * n, dtype=torch.long)  # tile k shows what was in tile source[k]
