@@ -129,7 +129,7 @@ class BYOL(nn.Module):
 RECIPES = {
     "glyphs": dict(
         arch="small", stem="cifar", size=24, crop=0.2, flip=False, blur=False, heavy="ra(2,5)",
-        batch=64, epochs=6, lr=0.12, wd=5e-4, warmup=0, k=50, knn_every=1, dim=256, hidden=512,
+        batch=64, epochs=6, lr=0.12, wd=5e-4, warmup=0.5, k=50, knn_every=1, dim=256, hidden=512,
         ema=0.99, ema_cosine=False),
     "cifar10": dict(
         arch="resnet18", stem="cifar", size=32, crop=0.2, flip=True, blur=False, heavy="ra(2,5)",

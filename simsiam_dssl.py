@@ -117,7 +117,7 @@ class SimSiam(nn.Module):
 RECIPES = {
     "glyphs": dict(
         arch="small", stem="cifar", size=24, crop=0.2, flip=False, blur=False, heavy="ra(2,5)",
-        batch=64, epochs=6, lr=0.12, wd=5e-4, warmup=0, k=50, knn_every=1, dim=512, layers=2),
+        batch=64, epochs=6, lr=0.12, wd=5e-4, warmup=0.5, k=50, knn_every=1, dim=512, layers=2),
     "cifar10": dict(
         arch="resnet18", stem="cifar", size=32, crop=0.2, flip=True, blur=False, heavy="ra(2,5)",
         batch=512, epochs=800, lr=0.03, wd=5e-4, warmup=0, k=200, knn_every=10, dim=2048, layers=2),
