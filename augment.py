@@ -54,16 +54,11 @@ def in_slices(function):
     """
     @functools.wraps(function)
     def sliced(x, *args, **kwargs):
-        n = 1 + 2**21 // (1 + x[0].numel())
+        n = max(1, 2**21 // x[0].numel())
         if x.is_cuda or len(x) <= n:
             return function(x, *args, **kwargs)
         return torch.cat([function(part, *args, **kwargs) for part in x.split(n)])
     return sliced
-
-
-def rand(x, *shape):
-    """Uniform [0, 1) draws for each image of x, (b, *shape), made on the host: the same on every device."""
-    return like(torch.rand(len(x), *shape), x)
 
 
 def column(v):
@@ -195,7 +190,7 @@ def sharpness(x, v):
 def cutout(x, v):
     """A grey square of v pixels a side around a random point, cut off at the borders; none for v = 0."""
     h, w = x.shape[2:]
-    v, u = v.view(-1, 1, 1), rand(x, 2, 1, 1)
+    v, u = v.view(-1, 1, 1), like(torch.rand(len(x), 2, 1, 1), x)
     left, top = ((u[:, i] * side - v / 2).clamp(min=0).floor() for i, side in ((0, w), (1, h)))
     xs, ys = torch.arange(w, device=x.device)[None, :], torch.arange(h, device=x.device)[:, None]
     hole = (v > 0) & (xs >= left) & (xs <= left + v) & (ys >= top) & (ys <= top + v)  # both ends, as ImageDraw

@@ -333,6 +333,7 @@ def write(path, content):
 
 
 def on_signal(action):
+    """What SIGTERM (a cluster, torchrun) and SIGINT (Ctrl-C) do from here on."""
     for sent in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sent, action)
 

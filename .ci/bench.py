@@ -9,9 +9,7 @@
 kornia is compared with where it is installed (pip install kornia).
 """
 import argparse
-import functools
 import importlib.util
-import json
 import os
 import random
 import resource
@@ -25,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageFilter
 from torchvision import transforms as T
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import augment  # noqa: E402
