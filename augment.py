@@ -107,12 +107,12 @@ def blend(other, x, v):
 
 
 def pick(x, source_x, source_y):
-    """out[:, :, i, j] = x at (source_x, source_y)[i, j], black where that lies outside; sources (b, h, w)."""
-    h, w = x.shape[2:]
+    """out[:, :, i, j] = x at (source_x, source_y)[i, j], black where that lies outside; sources broadcast to (b, h, w)."""
+    b, c, h, w = x.shape
     near_x, near_y = source_x.clamp(0, w - 1), source_y.clamp(0, h - 1)
-    inside = (near_x == source_x) & (near_y == source_y)
-    index = (near_y * w).add_(near_x).long().flatten(1)
-    return x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1)).view(x.shape).mul_(inside[:, None])
+    inside = (near_x == source_x).to(x.dtype) * (near_y == source_y)
+    index = (near_y * w + near_x).long().expand(b, h, w).reshape(b, 1, h * w)
+    return x.flatten(2).gather(2, index.expand(-1, c, -1)).view(x.shape).mul_(inside.expand(b, h, w)[:, None])
 
 
 def affine(x, a=1, b=0, c=0, d=0, e=1, f=0):
@@ -123,8 +123,7 @@ def affine(x, a=1, b=0, c=0, d=0, e=1, f=0):
     a, b, c, d, e, f = (v.float().view(-1, 1, 1) if torch.is_tensor(v) else v for v in (a, b, c, d, e, f))
     ys = torch.arange(x.shape[2], device=x.device)[:, None] + 0.5
     xs = torch.arange(x.shape[3], device=x.device)[None, :] + 0.5
-    grid = torch.zeros(len(x), *x.shape[2:], device=x.device)
-    return pick(x, (grid + (a * xs + c)).add_(b * ys).floor_(), (grid + (e * ys + f)).add_(d * xs).floor_())
+    return pick(x, (a * xs + c + b * ys).floor(), (e * ys + f + d * xs).floor())
 
 
 # ------------------------------------------------------------------------------------------------- operations
@@ -250,12 +249,18 @@ def operate(x, space, choice, strength):
     x (b, 3, h, w); choice (b,) int64 and strength (b,) on the host. strength goes from the low (0) to the high (1) end
     of the operation's range; below 0 it mirrors the range at its low end.
     """
-    names = [*SPACES[space], "Identity"]
-    low, high = torch.tensor([*SPACES[space].values(), (0, 0)]).T
-    if space != "released":
-        pixels = torch.tensor([n.startswith("Translate") or n == "Cutout" for n in names])
-        low, high = (torch.where(pixels, end * x.shape[3], end) for end in (low, high))
+    names, low, high = ranges(space, x.shape[3])
     return by_choice(x, choice, [OPS[n] for n in names], torch.lerp(low[choice], high[choice], strength))
+
+
+@functools.cache
+def ranges(space, side):
+    """The names of the space's operations and "Identity", and their ranges' ends (n,), for images of that side."""
+    names = [*SPACES[space], "Identity"]
+    ends = torch.tensor([*SPACES[space].values(), (0, 0)])
+    if space != "released":  # the others give pixels as a share of the side
+        ends[torch.tensor([n.startswith("Translate") or n == "Cutout" for n in names])] *= side
+    return names, *ends.T
 
 
 class RandAugment:
@@ -390,16 +395,17 @@ def random_resized_crop(x, size, scale=(0.2, 1.0), generator=None):
 
     def weights(start, length, side):  # b size side
         step = length / size
+        reach = step.clamp(min=1)
         centre = start + (torch.arange(size, device=x.device)[:, None] + 0.5) * step
         pixel = torch.arange(side, device=x.device)
-        share = (1 - (pixel + 0.5 - centre).abs_().div_(step.clamp(min=1))).clamp_(min=0)
-        share *= (pixel >= start) & (pixel < start + length)
+        share = (1 - ((pixel + 0.5) / reach - centre / reach).abs_()).clamp_(min=0)
+        share *= ((pixel >= start) & (pixel < start + length)).float()
         return share.div_(share.sum(-1, keepdim=True))
 
-    out = weights(top, height, h) @ rearrange(x, "b c h w -> b h (c w)").float()
-    out = rearrange(out, "b size (c w) -> b (c size) w", c=3) @ weights(left, width, w).mT
-    out = out.view(b, 3, size, size)
-    return out.round_().clamp_(0, 255).to(x.dtype) if x.dtype == torch.uint8 else out.to(x.dtype)
+    out = weights(left, width, w) @ rearrange(x, "b c h w -> b w (c h)").float()  # in this order, nothing is copied
+    out = rearrange(out, "b j (c h) -> b (j c) h", c=3) @ weights(top, height, h).mT
+    out = rearrange(out, "b (j c) i -> b c i j", c=3)
+    return (out.round_() if x.dtype == torch.uint8 else out).to(x.dtype).contiguous()
 
 
 def flip(x, p=0.5):
@@ -412,8 +418,8 @@ def hue(x, v):
     r, g, b = x.unbind(1)
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = high - low
-    sector = torch.where(high == r, g - b, torch.where(high == g, b - r + 2 * chroma, r - g + 4 * chroma))
-    turns = sector / (6 * chroma).clamp_(min=1e-6) + v.view(-1, 1, 1)  # b h w
+    sixths = (g + b).sub_(r).add_(high).sub_(low, alpha=2)  # of a turn from red towards green, times chroma
+    turns = sixths.div_((6 * chroma).clamp_(min=1e-6)).copysign_(g - b).add_(v.view(-1, 1, 1))  # or towards blue
     away = turns[:, None] + constant((1 / 2, 1 / 6, -1 / 6), x.device, x.dtype)  # of each channel from its opposite
     away = (away - away.round()).abs_().clamp_(1 / 6, 1 / 3)  # up to a sixth the channel is low, from a third high
     return away.mul_(6 * chroma[:, None]).add_((low - chroma)[:, None]).clamp_(0, 1)
@@ -423,22 +429,25 @@ def color_jitter(x, strength=(0.4, 0.4, 0.4, 0.1), p=0.8):
     """Brightness, contrast, saturation and hue, with probability p, in an order that each image draws.
 
     The first three blend the image with black, with its mean grey or with its greys: one formula. So all images go
-    through four rounds of it, and those whose turn it is have their hue changed.
+    through four rounds of it, and those whose turn it is, together since they are sorted by that, get their new hue.
     """
-    x, b = x.clone(), len(x)
+    b = len(x)
     factor = (torch.rand(b, 4) * 2 - 1) * torch.tensor(strength) + torch.tensor([1, 1, 1, 0])
     order = torch.rand(b, 4).argsort(1)
-    apply = torch.rand(b) < p
-    for which in order.T:
-        f = factor.gather(1, which[:, None])[:, 0]
-        turn = apply & (which == 3)
-        keep = torch.where(apply & (which < 3), f, 1)
-        keep, mean, greys = like(torch.stack([keep, (1 - keep) * (which == 1), (1 - keep) * (which == 2)]), x)
-        luma = gray(x)
-        other = level(luma.mean((2, 3), keepdim=True)) / 255 * column(mean) + luma * column(greys)
-        x.mul_(column(keep)).add_(other).clamp_(0, 1)
-        change(x, turn, hue, f)
-    return x
+    chosen = (torch.rand(b) < p).nonzero()[:, 0]
+    turn = (order[chosen] == 3).int().argmax(1)  # the round in which the hue changes
+    chosen, sizes = chosen[turn.argsort(stable=True)], turn.bincount(minlength=4).tolist()
+    order, factor = order[chosen].T, factor[chosen].gather(1, order[chosen]).T  # round by round
+    keep = torch.where(order < 3, factor, 1)
+    keep, mean, greys, v = like(torch.stack([keep, (1 - keep) * (order == 1), (1 - keep) * (order == 2), factor]), x)
+    index = like(chosen, x)
+    y = x.index_select(0, index)
+    for k, part in enumerate(y.split(sizes)):
+        luma = gray(y)
+        other = level(luma.mean((2, 3), keepdim=True)) / 255 * column(mean[k]) + luma * column(greys[k])
+        torch.addcmul(other, y, column(keep[k]), out=y).clamp_(0, 1)
+        part.copy_(hue(part, v[k].split(sizes)[k]))
+    return x.index_copy(0, index, y)
 
 
 def gaussian_blur(x, sigma):
@@ -452,10 +461,11 @@ def gaussian_blur(x, sigma):
 
 @in_slices
 def standard(x, flips=True, blur=False):
-    """Standard views of crops, (b, 3, h, w) in [0, 1]: flip, colour jitter, grayscale, blur (App. A.1).
+    """Standard views of crops (b, 3, h, w), uint8 or in [0, 1]: flip, colour jitter, grayscale, blur (App. A.1).
 
     The paper's text has blur everywhere; its CIFAR-10 code and SimSiam's have none at 32 px, and neither have we.
     """
+    x = x / 255 if x.dtype == torch.uint8 else x
     x = flip(x) if flips else x
     x = color_jitter(x)
     x = change(x, torch.rand(len(x)) < 0.2, lambda x: gray(x).expand_as(x))
@@ -760,7 +770,7 @@ def main():
         policies = {text: parse_policy(text) for text in args.heavy}
         size = args.size or (224 if args.images else 24)
         x = read_all(args.images, size)[0] if args.images else glyphs(10, size, args.seed).images
-        sv = standard(random_resized_crop(x, size) / 255, flips=bool(args.images), blur=size > RESIDENT)
+        sv = standard(random_resized_crop(x, size), flips=bool(args.images), blur=size > RESIDENT)
         rows = {"Original image": x / 255, "Standard view": sv}
         rows |= {f"+ {text}": heavy(sv) for text, heavy in policies.items()}
         draw_views(rows, args.out, scale=max(1, 96 // size))

@@ -491,7 +491,7 @@ def train(args):
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            sv = augment.standard(rearrange(batch, "b v c h w -> (v b) c h w") / 255, args.flip, args.blur)
+            sv = augment.standard(rearrange(batch, "b v c h w -> (v b) c h w"), args.flip, args.blur)
             m = n * len(batch)
             v = augment.normalize(sv[:m]).chunk(n) if use_sv else ()
             hv = heavy(sv[-m:]).chunk(n) if use_hv else ()  # each from its own SV (Eq. 3)

@@ -379,6 +379,11 @@ def test_flip_and_normalize():
     assert torch.allclose(augment.normalize(x), theirs, atol=1e-6)
 
 
+def test_standard_takes_bytes_or_fractions():
+    x = images().byte()
+    assert torch.equal(seeded(standard, x), seeded(standard, x / 255))
+
+
 @pytest.mark.parametrize("on", [True, False])
 def test_standard_draws(monkeypatch, on):
     drawn, n = defaultdict(list), 4000
@@ -433,7 +438,7 @@ def test_large_batches_go_through_in_slices(text):
 
 
 def everything(x):
-    crops = augment.random_resized_crop(augment.level(x).byte(), 24) / 255
+    crops = augment.random_resized_crop(augment.level(x).byte(), 24)
     return augment.normalize(parse_policy("0.9*ra(2,5)|0.1*jigsaw(4)")(standard(crops, blur=True)))
 
 
@@ -913,7 +918,7 @@ def test_ema_follows_the_step(folder, tmp_path):
 
 
 def test_collapse_is_called_by_name(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(augment, "standard", lambda x, *_: torch.zeros_like(x))
+    monkeypatch.setattr(augment, "standard", lambda x, *_: 0.0 * x)
     run(simsiam_dssl, folder, tmp_path, "--weights", "1", "0", "0", "0")
     assert "WARNING: the std is low" in capsys.readouterr().out
 

@@ -135,7 +135,7 @@ def ours(x, size, blurred, policy="ra(2,5)+jigsaw(4)"):
 
     def run():
         crops = torch.cat([augment.random_resized_crop(x, size) for _ in range(2)])
-        sv = augment.standard(crops / 255, True, blurred)
+        sv = augment.standard(crops, True, blurred)
         return sv, heavy(sv)
 
     return run
@@ -214,7 +214,7 @@ def step(args):
         meters = torch.zeros(4, dtype=torch.float64, device=DEVICE)
 
         def make(crops):
-            sv = augment.standard(rearrange(crops, "b v c h w -> (v b) c h w") / 255, settings.flip, settings.blur)
+            sv = augment.standard(rearrange(crops, "b v c h w -> (v b) c h w"), settings.flip, settings.blur)
             return augment.normalize(sv).chunk(2), tuple(augment.normalize(x) for x in heavy(sv).chunk(2))
 
         def learn(v, v_hat):
