@@ -158,12 +158,12 @@ def parse_args(argv=None):
     return args
 
 
-def train(args):
-    # one process is a world of one: the same path on CPU, on one GPU and under torchrun
+def join():
+    """→ rank, world, device. One process is a world of one: the same path on CPU, on one GPU and under torchrun."""
     torchrun = "RANK" in os.environ
     rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if torchrun else (0, 1, 0)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    cuda, say = device.type == "cuda", print if rank == 0 else lambda *_, **__: None
+    cuda = device.type == "cuda"
     if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
         fail(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
     if cuda:
@@ -172,6 +172,12 @@ def train(args):
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # one machine, where torchrun keeps its store when it restarts
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # ranks: hide the dead ones'
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    return rank, world, device
+
+
+def train(args):
+    rank, world, device = join()
+    say = print if rank == 0 else lambda *_, **__: None
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends
 
     try:

@@ -369,12 +369,12 @@ def on_signal(action):
         signal.signal(sent, action)
 
 
-def train(args):
-    # one process is a world of one: the same path on CPU, on one GPU and under torchrun
+def join():
+    """→ rank, world, device. One process is a world of one: the same path on CPU, on one GPU and under torchrun."""
     torchrun = "RANK" in os.environ
     rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if torchrun else (0, 1, 0)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    cuda, say = device.type == "cuda", print if rank == 0 else lambda *_, **__: None
+    cuda = device.type == "cuda"
     if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
         fail(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
     if cuda:
@@ -383,20 +383,20 @@ def train(args):
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # one machine, where torchrun keeps its store when it restarts
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # ranks: hide the dead ones'
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
-    on_signal(signal.SIG_DFL)  # until the first step, just end
+    return rank, world, device
 
-    # output: a folder that holds this very run, or none yet; rank 0 alone reads and writes it
-    out, saved = Path(args.out), [None]
-    settings = {"script": Path(__file__).stem} | vars(args)
-    for key in ("root", "out", "workers", "compile"):  # these change nothing, or no more than rounding
-        del settings[key]
+
+def claim(out, settings):
+    """Make and lock the run's folder → the state saved there or None, and the lock, to keep for as long as the run lasts.
+
+    Fails where another process has the lock, where the folder holds a run with other settings, or its state is broken.
+    """
     try:
-        if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            lock = open(out / ".lock", "w")
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
     except OSError as error:
         fail(f"cannot write into --out {out}: {error.strerror}")
-    if rank == 0 and os.name == "posix":  # the system frees the lock however this process ends
+    if os.name == "posix":  # the system frees the lock however this process ends
         import fcntl
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -404,16 +404,30 @@ def train(args):
             fail(f"another run is writing into {out}: wait for its end, or take another --out")
         except OSError:  # a file system without locks
             pass
-    if rank == 0 and (out / "checkpoint.pt").exists():
-        try:
-            saved = [torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)]
-            there = {key: saved[0]["settings"].get(key) for key in settings}
-        except Exception as error:  # garbage can make the unpickler raise anything
-            fail(f"{out}/checkpoint.pt cannot be read ({type(error).__name__}): remove it, or take another --out")
-        for key in settings:
-            if settings[key] != there[key]:
-                fail(f"{out} holds a run with {key} {there[key]}, not {settings[key]}: take that, or another --out")
-    dist.broadcast_object_list(saved, device=torch.device("cpu"))
+    if not (out / "checkpoint.pt").exists():
+        return None, lock
+    try:
+        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        there = {key: state["settings"].get(key) for key in settings}
+    except Exception as error:  # garbage can make the unpickler raise anything
+        fail(f"{out}/checkpoint.pt cannot be read ({type(error).__name__}): remove it, or take another --out")
+    for key in settings:
+        if settings[key] != there[key]:
+            fail(f"{out} holds a run with {key} {there[key]}, not {settings[key]}: take that, or another --out")
+    return state, lock
+
+
+def train(args):
+    rank, world, device = join()
+    cuda, say = device.type == "cuda", print if rank == 0 else lambda *_, **__: None
+    on_signal(signal.SIG_DFL)  # until the first step, just end
+
+    # output: a folder that holds this very run, or none yet; rank 0 alone reads and writes it
+    out, settings = Path(args.out), {"script": Path(__file__).stem} | vars(args)
+    for key in ("root", "out", "workers", "compile"):  # these change nothing, or no more than rounding
+        del settings[key]
+    saved, lock = claim(out, settings) if rank == 0 else (None, None)
+    dist.broadcast_object_list(saved := [saved], device=torch.device("cpu"))
 
     # data
     try:

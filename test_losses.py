@@ -749,13 +749,13 @@ def test_glyphs_are_the_same_everywhere():
 # ------------------------------------------------------------------------------------------------- scripts
 
 SHARED = ["make_backbone", "nearest", "vote", "knn_predict", "all_rows", "features", "knn_accuracy", "sync_buffers",
-          "Parser", "number", "fail", "in_words", "write"]
+          "Parser", "number", "fail", "in_words", "write", "on_signal", "join", "claim"]
 
 
 def test_common_blocks_are_identical():
     for name in SHARED:
         assert len({inspect.getsource(getattr(m, name)) for m in METHODS}) == 1, name
-    for name in ("make_backbone", "Parser", "number", "fail"):
+    for name in ("make_backbone", "Parser", "number", "fail", "join"):
         assert inspect.getsource(getattr(linear_eval, name)) == inspect.getsource(getattr(simsiam_dssl, name)), name
     assert inspect.getsource(linear_eval.LARS) == inspect.getsource(simclr_dssl.LARS)
     lines = [inspect.getsource(m.train).splitlines() for m in METHODS]
