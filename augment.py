@@ -324,10 +324,11 @@ class Jigsaw:
         source = torch.empty(b, n * n, dtype=torch.long)  # tile k shows what was in tile source[k]
         source[:, size.argsort(stable=True)] = (size + torch.rand(b, n * n, dtype=torch.float64)).argsort(1)
         rows, columns = (torch.arange(n).repeat_interleave(start.diff()) for start in (y0, x0))  # the tile of a pixel
-        tile = source[:, rows[:, None] * n + columns]  # b h w
-        source_y = y0[tile // n] + (torch.arange(h) - y0[rows])[:, None]
-        source_x = x0[tile % n] + (torch.arange(w) - x0[columns])
-        return pick(x, like(source_x, x), like(source_y, x))
+        k = torch.arange(n * n)
+        dy, dx = y0[source // n] - y0[k // n], x0[source % n] - x0[k % n]  # from how far each tile's pixels come
+        tile, dy, dx = (like(t, x) for t in (rows[:, None] * n + columns, dy, dx))
+        xs, ys = torch.arange(w, device=x.device), torch.arange(h, device=x.device)[:, None]
+        return pick(x, xs + dx[:, tile], ys + dy[:, tile])
 
 
 def parse_policy(text, size=None):
@@ -694,8 +695,9 @@ def ignore_signals(_):
 
 def stream(loader):
     """The batches loader.order asks for, read by loader[i] in other processes and ahead of time, on the device."""
+    cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this rank
     batches = torch.utils.data.DataLoader(
-        loader, batch_sampler=loader.order, num_workers=min(loader.workers, os.cpu_count()),
+        loader, batch_sampler=loader.order, num_workers=min(loader.workers, cores),
         pin_memory=torch.device(loader.device).type == "cuda", worker_init_fn=ignore_signals)
     errors = []
     for x, labels, messages in batches:

@@ -141,17 +141,17 @@ def parse_args(argv=None):
     add("--lr", type=number(float, 0), help="learning rate for a batch of 256; it scales with the batch")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all that is random (default: 0)")
     add("--workers", type=number(int, 0), default=8, help="processes a rank that read streamed images (default: 8)")
-    add("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-        help="compute in bfloat16, by default on GPUs alone")
+    add("--bf16", action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_bf16_supported(including_emulation=False),
+        help="compute in bfloat16 (default: on GPUs that can)")
     args = parser.parse_args(argv)
-    recipe = args.recipe or args.data
-    if recipe not in RECIPES:
+    if (args.recipe or args.data) not in RECIPES:
         parser.error(f"--data {args.data} is none of {', '.join(RECIPES)}: for a folder, add --recipe with one of them")
-    rows = [RECIPES[recipe], PROTOCOLS[args.protocol or RECIPES[recipe]["protocol"]]]
-    for row in rows[::-1] if args.protocol else rows:  # what was asked for goes first, and then the first entry holds
-        for key, value in row.items():
-            if getattr(args, key, None) is None:
-                setattr(args, key, value)
+    recipe = RECIPES[args.recipe or args.data]
+    protocol = PROTOCOLS[args.protocol or recipe["protocol"]]
+    for key, value in (recipe | protocol if args.protocol else protocol | recipe).items():  # what was asked for wins
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
     world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     if args.batch % world:
         parser.error(f"--batch {args.batch} does not divide by the {world} ranks")
@@ -168,6 +168,7 @@ def join():
         fail(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # all batches have one shape: try once what is fastest for it
     store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # one machine, where torchrun keeps its store when it restarts
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # ranks: hide the dead ones'
@@ -213,7 +214,8 @@ def train(args):
     @torch.no_grad()
     def features(x):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            return backbone(augment.normalize(x)).float()
+            parts = augment.normalize(x).split(256)  # in eval mode they give what the whole batch would, in less memory
+            return torch.cat([backbone(part).float() for part in parts])
 
     say(f"{args.backbone} ({d} features) on {args.data}: {len(train_set.images):,} images, {len(test_set.images):,} to "
         f"test, {args.protocol}, {world} × {device.type}, batch {args.batch}, lr {lr:g}, {args.epochs} epochs", flush=True)

@@ -42,6 +42,8 @@ def D(p, z):
 def dssl_loss(p, z, p_hat=None, z_hat=None, weights=(1, 0, 1, 0)):
     """Eq. 6 of the DSSL paper: alpha SV ↔ SV + beta HV ↔ HV + gamma SV ← HV + delta HV ← SV.
 
+    SV ← HV: the HV learns from the SV, which gets no gradient from it.
+
     p, z: predictions and projections of two SVs, a pair of (b, d) each; p_hat, z_hat: those of the two HVs, each
     derived from the SV at its own place. A pair that no weight needs may be None. The default weights are DSSL (Eq. 5),
     (1, 0, 0, 0) is plain SimSiam. Each term is the mean over its pair, the scale of the authors' released code: a
@@ -98,7 +100,7 @@ class SimSiam(nn.Module):
             nn.Linear(dim, narrow, bias=False), nn.BatchNorm1d(narrow), nn.ReLU(inplace=True), nn.Linear(narrow, dim))
 
     def forward(self, v, v_hat):
-        """Lists of views → what dssl_loss takes, and all projections (v, b, d) for the collapse monitor.
+        """Two tuples of views → what dssl_loss takes, and all projections (v, b, d) for the collapse monitor.
 
         One view at a time, SVs first: BN statistics are those of one view, as in the original. All views in one call:
         DDP wants one forward for each backward.
@@ -242,9 +244,10 @@ def parse_args(argv=None):
     add("--out", help="folder to write into, and to go on from (default: under runs/, named by the settings)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all that is random (default: 0)")
     add("--workers", type=number(int, 0), default=8, help="processes a rank that read streamed images (default: 8)")
-    add("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-        help="compute in bfloat16, by default on GPUs alone")
-    add("--compile", action="store_true", help="let torch.compile make the backbone faster; it takes a minute or two")
+    add("--bf16", action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_bf16_supported(including_emulation=False),
+        help="compute in bfloat16 (default: on GPUs that can)")
+    add("--compile", action="store_true", help="torch.compile the backbone, for one GPU (SyncBN breaks the graph)")
     recipe("--arch", choices=["small", "resnet18", "resnet34", "resnet50", "resnet101"], help="backbone")
     recipe("--stem", choices=["cifar", "imagenet"], help="3 × 3 convolution and no max-pool, or 7 × 7 and max-pool")
     recipe("--size", type=number(int, 8), help="pixels a side of a view")
@@ -331,6 +334,7 @@ def join():
         fail(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # all batches have one shape: try once what is fastest for it
     store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # one machine, where torchrun keeps its store when it restarts
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # ranks: hide the dead ones'
@@ -378,8 +382,8 @@ def train(args):
     out, settings = Path(args.out), {"script": Path(__file__).stem} | vars(args)
     for key in ("root", "out", "workers", "compile"):  # these change nothing, or no more than rounding
         del settings[key]
-    saved, lock = claim(out, settings) if rank == 0 else (None, None)
-    dist.broadcast_object_list(saved := [saved], device=torch.device("cpu"))
+    state, lock = claim(out, settings) if rank == 0 else (None, None)
+    dist.broadcast_object_list(everyone := [state], device=torch.device("cpu"))
 
     # data
     try:
@@ -407,17 +411,21 @@ def train(args):
     model = SimSiam(args).to(device, memory_format=torch.channels_last)  # 1.5 times as fast on CPU
     if cuda and world > 1:  # SyncBatchNorm exists on GPUs alone
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if args.compile:
-        model.backbone.compile()
+    for net in model.modules():
+        if args.compile and isinstance(net, models.ResNet):
+            net.compile()
     ddp = nn.parallel.DistributedDataParallel(model)
+    ddp.broadcast_buffers = False  # at every forward; sync_buffers does it before anyone looks
     base_lr = args.lr * args.batch / 256
     optimizer = torch.optim.SGD(model.parameters(), base_lr, momentum=0.9, weight_decay=args.wd)
 
     # progress: with the model and the optimizer, all that a run needs to go on
     used = {term: unit for term, unit, weight in zip(TERMS, torch.eye(4).tolist(), args.weights) if weight}
     meters = torch.zeros(2 + len(used), dtype=torch.float64, device=device)  # loss, std and terms, summed over an epoch
+    steps = len(loader)
+    total_steps, warm_steps = steps * args.epochs, args.warmup * steps
     step, history, saved_at, stop = 0, [], time.time(), []  # stop: the signals that have come
-    if state := saved.pop():
+    if state := everyone.pop():
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, history = state["step"], state["history"]
@@ -482,8 +490,6 @@ def train(args):
         if rank == 0:
             write(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
 
-    steps = len(loader)
-    total_steps, warm_steps = steps * args.epochs, args.warmup * steps
     say(f"{settings['script']} on {args.data} ({len(train_set.images):,} images), recipe {args.recipe}, {in_words(args)}\n"
         f"{args.arch} at {args.size} px, batch {args.batch}, lr {base_lr:g}, wd {args.wd:g}, {args.epochs} epochs of "
         f"{steps} steps, {world} × {device.type}, writing into {out}", flush=True)
@@ -505,10 +511,11 @@ def train(args):
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
+            # the first m SVs are forwarded, the last m made heavy: the same ones, unless crops were made for both
             sv = augment.standard(rearrange(batch, "b v c h w -> (v b) c h w"), args.flip, args.blur)
             m = n * len(batch)
             v = augment.normalize(sv[:m]).chunk(n) if use_sv else ()
-            hv = heavy(sv[-m:]).chunk(n) if use_hv else ()  # each from its own SV (Eq. 3)
+            hv = heavy(sv[-m:]).chunk(n) if use_hv else ()
             v_hat = tuple(augment.normalize(x) for x in hv)
             if step == 0 and rank == 0:
                 rows = {f"SV {i}": x[:10] for i, x in enumerate(sv.chunk(crops), 1)}
@@ -517,7 +524,7 @@ def train(args):
 
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 outputs, z = ddp(v, v_hat)
-            pairs = [[o[k : k + 2] for o in outputs] for k in range(0, n, 2)]
+            pairs = [[o[k : k + 2] for o in outputs] for k in range(0, n, 2)]  # of each pair what dssl_loss takes
             loss = sum(dssl_loss(*pair, weights=args.weights) for pair in pairs)
             optimizer.zero_grad()
             loss.backward()
