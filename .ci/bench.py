@@ -3,6 +3,7 @@
     python .ci/bench.py views                  views from pixels in memory, against Pillow + torchvision and kornia
     python .ci/bench.py stream --images DIR    reading image files, against the four-view Pillow pipeline and decoding
     python .ci/bench.py step                   the training step: share of data, views and log; and of the matrix peak
+                                               (a GPU by itself; under torchrun each has that batch, and SyncBN)
     python .ci/bench.py knn                    the kNN monitor's search
     python .ci/bench.py memory                 peak on a GPU; anywhere, what the four views' activations must take
 
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageFilter
@@ -200,13 +202,16 @@ def model_and_views(recipe, batch):
 
 
 def step(args):
-    import torch.distributed as dist
-    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    rank, world, _ = simsiam_dssl.join()
+    sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
     for recipe, batch in (("cifar10", 512), ("imagenet", 64)) if CUDA else (("glyphs", 64),):
         settings, model = model_and_views(recipe, batch)
+        if CUDA and world > 1:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if args.compile:
             model.backbone.compile()
         ddp = torch.nn.parallel.DistributedDataParallel(model)
+        ddp.broadcast_buffers = False
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=settings.wd)
         heavy, size = augment.parse_policy(settings.heavy), settings.size
         data = augment.Data(pixels(4 * batch, size, args.images), None, [])
