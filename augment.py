@@ -107,7 +107,7 @@ def blend(other, x, v):
 
 
 def pick(x, source_x, source_y):
-    """out[:, :, i, j] = x at (source_x, source_y)[i, j], black where that lies outside; sources broadcast to (b, h, w)."""
+    """out[:, :, i, j] = x at (source_x, source_y)[i, j], black where that is outside; sources broadcast to (b, h, w)."""
     b, c, h, w = x.shape
     near_x, near_y = source_x.clamp(0, w - 1), source_y.clamp(0, h - 1)
     inside = (near_x == source_x).to(x.dtype) * (near_y == source_y)
@@ -403,7 +403,7 @@ def random_resized_crop(x, size, scale=(0.2, 1.0), generator=None):
         share *= ((pixel >= start) & (pixel < start + length)).float()
         return share.div_(share.sum(-1, keepdim=True))
 
-    out = weights(left, width, w) @ rearrange(x, "b c h w -> b w (c h)").float()  # in this order, nothing is copied
+    out = weights(left, width, w) @ rearrange(x, "b c h w -> b w (c h)").float()  # neither product needs its input rearranged
     out = rearrange(out, "b j (c h) -> b (j c) h", c=3) @ weights(top, height, h).mT
     out = rearrange(out, "b (j c) i -> b c i j", c=3)
     return (out.round_() if x.dtype == torch.uint8 else out).to(x.dtype).contiguous()
@@ -419,8 +419,9 @@ def hue(x, v):
     r, g, b = x.unbind(1)
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = high - low
-    sixths = (g + b).sub_(r).add_(high).sub_(low, alpha=2)  # of a turn from red towards green, times chroma
-    turns = sixths.div_((6 * chroma).clamp_(min=1e-6)).copysign_(g - b).add_(v.view(-1, 1, 1))  # or towards blue
+    sixths = (g + b).sub_(r).add_(high).sub_(low, alpha=2)  # of a turn away from red, times chroma
+    turns = sixths.div_((6 * chroma).clamp_(min=1e-6)).copysign_(g - b)  # towards green, or else (negative) blue
+    turns.add_(v.view(-1, 1, 1))  # b h w
     away = turns[:, None] + constant((1 / 2, 1 / 6, -1 / 6), x.device, x.dtype)  # of each channel from its opposite
     away = (away - away.round()).abs_().clamp_(1 / 6, 1 / 3)  # up to a sixth the channel is low, from a third high
     return away.mul_(6 * chroma[:, None]).add_((low - chroma)[:, None]).clamp_(0, 1)
@@ -430,7 +431,7 @@ def color_jitter(x, strength=(0.4, 0.4, 0.4, 0.1), p=0.8):
     """Brightness, contrast, saturation and hue, with probability p, in an order that each image draws.
 
     The first three blend the image with black, with its mean grey or with its greys: one formula. So all images go
-    through four rounds of it, and those whose turn it is, together since they are sorted by that, get their new hue.
+    through four rounds of it. They are sorted by the round in which their hue turns, so that these are one slice of it.
     """
     b = len(x)
     factor = (torch.rand(b, 4) * 2 - 1) * torch.tensor(strength) + torch.tensor([1, 1, 1, 0])

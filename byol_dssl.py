@@ -351,7 +351,7 @@ def join():
         fail(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # all batches have one shape: try once what is fastest for it
+        torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try what is fastest for it
     store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # one machine, where torchrun keeps its store when it restarts
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # ranks: hide the dead ones'
@@ -400,7 +400,8 @@ def train(args):
     for key in ("root", "out", "workers", "compile"):  # these change nothing, or no more than rounding
         del settings[key]
     state, lock = claim(out, settings) if rank == 0 else (None, None)
-    dist.broadcast_object_list(everyone := [state], device=torch.device("cpu"))
+    everyone = [state]
+    dist.broadcast_object_list(everyone, device=torch.device("cpu"))
 
     # data
     try:
