@@ -21,7 +21,6 @@ import functools
 import math
 import os
 import re
-import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +31,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torchvision import datasets, utils
+from torchvision.transforms import Compose
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 # =====================================================================================================================
@@ -40,25 +40,10 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 
 # ------------------------------------------------------------------------------------------------- tools
 
-
-def like(t, x):
-    """A host tensor t where x lives, floats in x's precision. Pinned, since a pageable copy would wait for the GPU."""
+def send(t, x):
+    """A host tensor t to x's device, floats in x's precision. Pinned, since a pageable copy would wait for the GPU."""
     t = t.to(x.dtype) if t.is_floating_point() else t
     return t.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else t.to(x.device)
-
-
-def in_slices(function, megabytes=8):
-    """On a CPU, a large batch goes through the function in slices that stay in the cache: up to twice as fast.
-
-    Draws are then made slice by slice, so for batches larger than that a seed gives other views than on a GPU.
-    """
-    @functools.wraps(function)
-    def sliced(x, *args, **kwargs):
-        n = max(1, megabytes * 2**18 // x[0].numel())  # as floats
-        if x.is_cuda or len(x) <= n:
-            return function(x, *args, **kwargs)
-        return torch.cat([function(part, *args, **kwargs) for part in x.split(n)])
-    return sliced
 
 
 def column(v):
@@ -67,27 +52,19 @@ def column(v):
 
 
 def by_choice(x, choice, functions, *args):
-    """Give image i to functions[choice[i]], with row i of each of args.
+    """Give image i to functions[choice[i]], with row i of each of args. A function may be None: the image stays.
 
-    x (b, 3, h, w); choice (b,) and args (b, ...) on the host. One call for each function that was drawn, none for the
-    others, and no image is computed for nothing.
+    x (b, 3, h, w); choice (b,) int64 and args (b, ...) on the host. One call for each function that was drawn, with its
+    own images, so that none is computed for nothing.
     """
     order = choice.argsort(stable=True)
-    cuts = choice.bincount(minlength=len(functions)).tolist()
-    rows = zip(*(like(a, x).split(cuts) for a in (order, *(a[order] for a in args))))
-    out = torch.empty_like(x)
-    for function, n, (i, *a) in zip(functions, cuts, rows):
-        if n:  # index_select is several times as fast as x[i] on a CPU
+    sizes = choice.bincount(minlength=len(functions)).tolist()
+    rows = zip(*(send(a, x).split(sizes) for a in (order, *(a[order] for a in args))))
+    out = x.clone()
+    for function, n, (i, *a) in zip(functions, sizes, rows):
+        if function and n:  # index_select is several times as fast as x[i] on a CPU
             out.index_copy_(0, i, function(x.index_select(0, i), *a))
     return out
-
-
-def change(x, chosen, function, *args):
-    """In place: x's chosen images become function(those images, their rows of args); chosen (b,) bool on the host."""
-    if chosen.any():
-        i = like(chosen.nonzero()[:, 0], x)
-        x.index_copy_(0, i, function(x.index_select(0, i), *(like(a[chosen], x) for a in args)))
-    return x
 
 
 def level(x):
@@ -107,7 +84,7 @@ def blend(other, x, v):
 
 
 def pick(x, source_x, source_y):
-    """out[:, :, i, j] = x at (source_x, source_y)[i, j], black where that is outside; sources broadcast to (b, h, w)."""
+    """out[:, :, i, j] = x at (source_x, source_y)[i, j], black where that is outside; these broadcast to (b, h, w)."""
     b, c, h, w = x.shape
     near_x, near_y = source_x.clamp(0, w - 1), source_y.clamp(0, h - 1)
     inside = (near_x == source_x).to(x.dtype) * (near_y == source_y)
@@ -189,7 +166,7 @@ def sharpness(x, v):
 def cutout(x, v):
     """A grey square of v pixels a side around a random point, cut off at the borders; none for v = 0."""
     h, w = x.shape[2:]
-    v, u = v.view(-1, 1, 1), like(torch.rand(len(x), 2, 1, 1), x)
+    v, u = v.view(-1, 1, 1), send(torch.rand(len(x), 2, 1, 1), x)
     left, top = ((u[:, i] * side - v / 2).clamp(min=0).floor() for i, side in ((0, w), (1, h)))
     xs, ys = torch.arange(w, device=x.device)[None, :], torch.arange(h, device=x.device)[:, None]
     hole = (v > 0) & (xs >= left) & (xs <= left + v) & (ys >= top) & (ys <= top + v)  # both ends, as ImageDraw
@@ -244,23 +221,24 @@ NEUTRAL = {"Rotate": 0, "ShearX": 0, "ShearY": 0, "TranslateX": 0, "TranslateY":
 
 
 def operate(x, space, choice, strength):
-    """Take image i through operation choice[i] of the space (the index past the last: none).
+    """Take image i through operation choice[i] of the space; the index past the last is none.
 
     x (b, 3, h, w); choice (b,) int64 and strength (b,) on the host. strength goes from the low (0) to the high (1) end
     of the operation's range; below 0 it mirrors the range at its low end.
     """
-    names, low, high = ranges(space, x.shape[3])
-    return by_choice(x, choice, [OPS[n] for n in names], torch.lerp(low[choice], high[choice], strength))
+    low, high = ranges(space, *x.shape[2:])
+    functions = [OPS[name] for name in SPACES[space]] + [None]
+    return by_choice(x, choice, functions, torch.lerp(low[choice], high[choice], strength))
 
 
 @functools.cache
-def ranges(space, side):
-    """The names of the space's operations and "Identity", and their ranges' ends (n,), for images of that side."""
-    names = [*SPACES[space], "Identity"]
+def ranges(space, height, width):
+    """Both ends of each operation's range (n + 1,), the last for none, for images of that size."""
     ends = torch.tensor([*SPACES[space].values(), (0, 0)])
     if space != "released":  # the others give pixels as a share of the side
-        ends[torch.tensor([n.startswith("Translate") or n == "Cutout" for n in names])] *= side
-    return names, *ends.T
+        for i, name in enumerate(SPACES[space]):
+            ends[i] *= {"TranslateX": width, "TranslateY": height, "Cutout": width}.get(name, 1)
+    return ends.T
 
 
 class RandAugment:
@@ -299,10 +277,9 @@ class UniformAugment:
 
 
 class Jigsaw:
-    """Cut the image into n × n tiles and shuffle them, every image in its own way. No pixel is lost.
+    """Cut the image into n × n tiles, which change places, every image in its own way. No pixel is lost.
 
-    Where n does not divide the side, the cuts fall at whole pixels and only tiles of one size change places, as in
-    the released code's (albumentations') grid shuffle. Raises ValueError where tiles would be under two pixels.
+    Raises ValueError where n does not divide the sides. (The released code then shuffles equal tiles alone.)
     """
 
     def __init__(self, n):
@@ -312,23 +289,12 @@ class Jigsaw:
 
     def __call__(self, x):
         n, (b, _, h, w) = self.n, x.shape
-        if n > 1 and 2 * n > min(h, w):
-            raise ValueError(f"jigsaw({n}) needs images of {2 * n} px or more, and these have {min(h, w)}")
-        if h % n == w % n == 0:  # a tile's line, w / n pixels, is one run in memory
-            runs = rearrange(torch.arange(3 * h * n), "(c i y j) -> (i j) (c y)", c=3, i=n, j=n)  # of each tile
-            source = runs.index_select(0, torch.rand(b, n * n).argsort(1).flatten())
-            source = rearrange(source, "(b i j) (c y) -> b (c i y j)", i=n, j=n, c=3) + 3 * h * n * torch.arange(b)[:, None]
-            return x.reshape(-1, w // n).index_select(0, like(source.flatten(), x)).view(x.shape)
-        y0, x0 = (torch.linspace(0, side, n + 1).long() for side in (h, w))  # where the tiles start, and the end
-        size = rearrange(y0.diff()[:, None] * (w + 1) + x0.diff(), "i j -> (i j)")  # one number for each (height, width)
-        source = torch.empty(b, n * n, dtype=torch.long)  # tile k shows what was in tile source[k]
-        source[:, size.argsort(stable=True)] = (size + torch.rand(b, n * n, dtype=torch.float64)).argsort(1)
-        rows, columns = (torch.arange(n).repeat_interleave(start.diff()) for start in (y0, x0))  # the tile of a pixel
-        k = torch.arange(n * n)
-        dy, dx = y0[source // n] - y0[k // n], x0[source % n] - x0[k % n]  # from how far each tile's pixels come
-        tile, dy, dx = (like(t, x) for t in (rows[:, None] * n + columns, dy, dx))
-        xs, ys = torch.arange(w, device=x.device), torch.arange(h, device=x.device)[:, None]
-        return pick(x, xs + dx[:, tile], ys + dy[:, tile])
+        if h % n or w % n:
+            raise ValueError(f"jigsaw({n}) needs sides that {n} divides, not {h} × {w}")
+        tiles = rearrange(x, "b c (i y) (j x) -> (b i j) c y x", i=n, j=n)
+        source = torch.rand(b, n * n).argsort(1) + n * n * torch.arange(b)[:, None]  # which tile each place shows
+        tiles = tiles.index_select(0, send(source.flatten(), x))
+        return rearrange(tiles, "(b i j) c y x -> b c (i y) (j x)", i=n, j=n)
 
 
 def parse_policy(text, size=None):
@@ -336,10 +302,10 @@ def parse_policy(text, size=None):
 
     ra(n,m), ra(n,m,paper), ua, jigsaw(n); a+b is a, then b; p*a|q*b is a or b, drawn for every image with the given
     probabilities (equal ones, where none are given). Raises ValueError naming the part that it cannot read, or, where
-    the images' size is given, a Jigsaw too fine for it.
+    the images' size is given, a Jigsaw that does not divide it.
     """
     branches, chances = [], []
-    for branch in text.replace(" ", "").split("|"):
+    for branch in text.replace(" ", "").lower().split("|"):
         chance, star, steps = branch.rpartition("*")
         if star and not re.fullmatch(r"\d*\.?\d+", chance):
             raise ValueError(f"policy '{text}': cannot read the probability '{chance}'")
@@ -348,7 +314,7 @@ def parse_policy(text, size=None):
         for step in steps.split("+"):
             match = re.fullmatch(r"ra\((\d+),(\d+\.?\d*)(?:,(\w+))?\)|(ua)|jigsaw\((\d+)\)", step)
             if not match:
-                raise ValueError(f"policy '{text}': cannot read '{step}'; known are ra(n,m), ra(n,m,paper), ua, jigsaw(n)")
+                raise ValueError(f"policy '{text}': cannot read '{step}'; use ra(n,m), ra(n,m,paper), ua, jigsaw(n)")
             n, m, space, ua, tiles = match.groups()
             if tiles and size:
                 Jigsaw(int(tiles))(torch.zeros(1, 3, size, size))
@@ -358,14 +324,13 @@ def parse_policy(text, size=None):
         chances = [1 / len(branches)] * len(branches)
     if None in chances or abs(sum(chances) - 1) > 1e-6:
         raise ValueError(f"policy '{text}': the probabilities before * must be given for every branch and add up to 1")
-    functions = [functools.partial(functools.reduce, lambda x, step: step(x), steps) for steps in branches]
+    functions = [Compose(steps) for steps in branches]
     if len(functions) == 1:
-        return in_slices(functions[0], 16)  # more, since each slice goes through dozens of operations
-    return in_slices(lambda x: by_choice(x, torch.tensor(chances).multinomial(len(x), replacement=True), functions), 16)
+        return functions[0]
+    return lambda x: by_choice(x, torch.tensor(chances).multinomial(len(x), replacement=True), functions)
 
 
 # ------------------------------------------------------------------------------------------------- standard views
-
 
 def crop_boxes(b, h, w, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
     """b random boxes of an h × w image as (b, 4) int64: left, top, width, height (torchvision's RandomResizedCrop).
@@ -376,11 +341,11 @@ def crop_boxes(b, h, w, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
     area = h * w * (scale[0] + (scale[1] - scale[0]) * u[0])
     aspect = (math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[1]).exp()
     width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    first = ((width >= 1) & (width <= w) & (height >= 1) & (height <= h)).int()
-    fits, first = first.any(1), first.argmax(1, keepdim=True)
-    width, height = (torch.where(fits, side.gather(1, first)[:, 0], fallback) for side, fallback in (
-        (width, min(w, max(1, round(h * ratio[1])))), (height, min(h, max(1, round(w / ratio[0]))))))
-    where = torch.where(fits[:, None], torch.rand(b, 2, generator=generator), 0.5)
+    fits = (width >= 1) & (width <= w) & (height >= 1) & (height <= h)
+    any_fits, first = fits.any(1), fits.int().argmax(1, keepdim=True)
+    width = torch.where(any_fits, width.gather(1, first)[:, 0], min(w, max(1, round(h * ratio[1]))))
+    height = torch.where(any_fits, height.gather(1, first)[:, 0], min(h, max(1, round(w / ratio[0]))))
+    where = torch.where(any_fits[:, None], torch.rand(b, 2, generator=generator), 0.5)
     left, top = (where[:, 0] * (w - width + 1)).floor(), (where[:, 1] * (h - height + 1)).floor()
     return torch.stack([left, top, width, height], 1).long()
 
@@ -392,7 +357,7 @@ def random_resized_crop(x, size, scale=(0.2, 1.0), generator=None):
     widens when it shrinks the image (Pillow's antialiased bilinear) and that ends at the edge of the box.
     """
     b, _, h, w = x.shape
-    left, top, width, height = like(crop_boxes(b, h, w, scale, generator=generator), x).view(b, 4, 1, 1).unbind(1)
+    left, top, width, height = send(crop_boxes(b, h, w, scale, generator=generator), x).view(b, 4, 1, 1).unbind(1)
 
     def weights(start, length, side):  # b size side
         step = length / size
@@ -403,7 +368,7 @@ def random_resized_crop(x, size, scale=(0.2, 1.0), generator=None):
         share *= ((pixel >= start) & (pixel < start + length)).float()
         return share.div_(share.sum(-1, keepdim=True))
 
-    out = weights(left, width, w) @ rearrange(x, "b c h w -> b w (c h)").float()  # neither product needs its input rearranged
+    out = weights(left, width, w) @ rearrange(x, "b c h w -> b w (c h)").float()
     out = rearrange(out, "b j (c h) -> b (j c) h", c=3) @ weights(top, height, h).mT
     out = rearrange(out, "b (j c) i -> b c i j", c=3)
     return (out.round_() if x.dtype == torch.uint8 else out).to(x.dtype).contiguous()
@@ -411,7 +376,7 @@ def random_resized_crop(x, size, scale=(0.2, 1.0), generator=None):
 
 def flip(x, p=0.5):
     """Mirror each image left to right with probability p."""
-    return change(x.clone(), torch.rand(len(x)) < p, lambda x: x.flip(3))
+    return by_choice(x, (torch.rand(len(x)) < p).long(), [None, lambda x: x.flip(3)])
 
 
 def hue(x, v):
@@ -419,37 +384,26 @@ def hue(x, v):
     r, g, b = x.unbind(1)
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = high - low
-    sixths = (g + b).sub_(r).add_(high).sub_(low, alpha=2)  # of a turn away from red, times chroma
+    # From red, g rises by the chroma over the first sixth of a turn, r falls by it over the second, b rises by it over
+    # the third, up to cyan: the sum of these is the distance from red. The other way round b and g change places.
+    sixths = (g + b).sub_(r).add_(high).sub_(low, alpha=2)
     turns = sixths.div_((6 * chroma).clamp_(min=1e-6)).copysign_(g - b)  # towards green, or else (negative) blue
     turns.add_(v.view(-1, 1, 1))  # b h w
-    away = turns[:, None] + constant((1 / 2, 1 / 6, -1 / 6), x.device, x.dtype)  # of each channel from its opposite
-    away = (away - away.round()).abs_().clamp_(1 / 6, 1 / 3)  # up to a sixth the channel is low, from a third high
+    # Back again: a channel is at its lowest within a sixth of a turn of its complement, at its highest from a third on.
+    away = turns[:, None] + constant((1 / 2, 1 / 6, -1 / 6), x.device, x.dtype)  # minus where the complements are
+    away = (away - away.round()).abs_().clamp_(1 / 6, 1 / 3)
     return away.mul_(6 * chroma[:, None]).add_((low - chroma)[:, None]).clamp_(0, 1)
 
 
 def color_jitter(x, strength=(0.4, 0.4, 0.4, 0.1), p=0.8):
-    """Brightness, contrast, saturation and hue, with probability p, in an order that each image draws.
-
-    The first three blend the image with black, with its mean grey or with its greys: one formula. So all images go
-    through four rounds of it. They are sorted by the round in which their hue turns, so that these are one slice of it.
-    """
-    b = len(x)
-    factor = (torch.rand(b, 4) * 2 - 1) * torch.tensor(strength) + torch.tensor([1, 1, 1, 0])
-    order = torch.rand(b, 4).argsort(1)
-    chosen = (torch.rand(b) < p).nonzero()[:, 0]
-    turn = (order[chosen] == 3).int().argmax(1)  # the round in which the hue changes
-    chosen, sizes = chosen[turn.argsort(stable=True)], turn.bincount(minlength=4).tolist()
-    order, factor = order[chosen].T, factor[chosen].gather(1, order[chosen]).T  # round by round
-    keep = torch.where(order < 3, factor, 1)
-    keep, mean, greys, v = like(torch.stack([keep, (1 - keep) * (order == 1), (1 - keep) * (order == 2), factor]), x)
-    index = like(chosen, x)
-    y = x.index_select(0, index)
-    for k, part in enumerate(y.split(sizes)):
-        luma = gray(y)
-        other = level(luma.mean((2, 3), keepdim=True)) / 255 * column(mean[k]) + luma * column(greys[k])
-        torch.addcmul(other, y, column(keep[k]), out=y).clamp_(0, 1)
-        part.copy_(hue(part, v[k].split(sizes)[k]))
-    return x.index_copy(0, index, y)
+    """Brightness, contrast, saturation and hue, with probability p, in an order that each image draws."""
+    functions = [OPS["Brightness"], OPS["Contrast"], OPS["Color"], hue, None]
+    factor = (torch.rand(len(x), 4) * 2 - 1) * torch.tensor(strength) + torch.tensor([1, 1, 1, 0])
+    order = torch.rand(len(x), 4).argsort(1)
+    jittered = torch.rand(len(x), 1) < p
+    for k in order.split(1, dim=1):  # four rounds; in each, image i goes through function k[i] with its own factor
+        x = by_choice(x, torch.where(jittered, k, 4)[:, 0], functions, factor.gather(1, k)[:, 0])
+    return x
 
 
 def gaussian_blur(x, sigma):
@@ -461,7 +415,6 @@ def gaussian_blur(x, sigma):
     return x
 
 
-@in_slices
 def standard(x, flips=True, blur=False):
     """Standard views of crops (b, 3, h, w), uint8 or in [0, 1]: flip, colour jitter, grayscale, blur (App. A.1).
 
@@ -470,9 +423,10 @@ def standard(x, flips=True, blur=False):
     x = x / 255 if x.dtype == torch.uint8 else x
     x = flip(x) if flips else x
     x = color_jitter(x)
-    x = change(x, torch.rand(len(x)) < 0.2, lambda x: gray(x).expand_as(x))
+    x = by_choice(x, (torch.rand(len(x)) < 0.2).long(), [None, lambda x: gray(x).expand_as(x)])
     if blur:
-        x = change(x, torch.rand(len(x)) < 0.5, gaussian_blur, 0.1 + 1.9 * torch.rand(len(x)))
+        blurred = (torch.rand(len(x)) < 0.5).long()
+        x = by_choice(x, blurred, [None, gaussian_blur], 0.1 + 1.9 * torch.rand(len(x)))
     return x
 
 
@@ -504,37 +458,61 @@ class Data(NamedTuple):
 def load_data(data, root, size, download=True):
     """(train, test) by name (glyphs, cifar10, imagenet) or from a folder; test is None where there are no labels.
 
-    Up to RESIDENT pixels of `size`, images are read here; beyond it only their paths are. Raises ValueError or OSError,
-    with one line that says what is wrong and which layout is expected.
+    Up to RESIDENT pixels of `size`, images are read here; beyond it only their paths are. Raises OSError with one line
+    that says what is wrong and which layout is expected.
     """
     if data == "glyphs":
         return glyphs(8192, size, seed=0), glyphs(1024, size, seed=1)
-    folder = Path(root, data) if data in ("cifar10", "imagenet") else Path(data)
+    named = data in ("cifar10", "imagenet")
+    folder = (Path(root, data) if named else Path(data)).expanduser()
     if data == "cifar10" and not folder.exists():
-        return torchvision_cifar10(root, True, size, download), torchvision_cifar10(root, False, size, download)
+        return [torchvision_cifar10(Path(root).expanduser(), train, size, download) for train in (True, False)]
     layout = f"expected {folder}/train/<class>/<image> and {folder}/val/<class>/<image> (or test/ for val/)"
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: {layout}")
     val = folder / ("test" if (folder / "test").is_dir() and not (folder / "val").is_dir() else "val")
-    if not (folder / "train").exists() and not val.exists() and data not in ("cifar10", "imagenet"):  # then: no labels
-        paths = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+    if not (folder / "train").exists() and not val.exists() and not named:  # then: no labels
+        paths = find_images(folder)
         if not paths:
             raise FileNotFoundError(f"no images in {folder}: {layout}, or images without labels anywhere below it")
-        return Data(read_all(paths, size)[0] if size <= RESIDENT else paths, None, []), None
-    try:
-        train, test = datasets.ImageFolder(folder / "train"), datasets.ImageFolder(val)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{str(error).splitlines()[0].rstrip('.')}: {layout}") from None
-    if train.classes != test.classes:
-        odd = min(set(train.classes) ^ set(test.classes))
-        raise ValueError(f"{folder}/train and {val} have different classes, {odd} for one is in one alone: {layout}")
+        return pack({"": paths}, size)._replace(labels=None, classes=[]), None
+    train, test = find_classes(folder / "train"), find_classes(val)
+    for part, classes in ((folder / "train", train), (val, test)):
+        if not classes:
+            raise FileNotFoundError(f"no images in {part}/<class>: {layout}")
+    if train.keys() != test.keys():
+        odd = min(train.keys() ^ test.keys())
+        raise FileNotFoundError(f"{folder}/train and {val} have different classes, {odd} is in one alone: {layout}")
+    return pack(train, size), pack(test, size)
 
-    def pack(found):
-        paths = [path for path, _ in found.samples]
-        images, good = read_all(paths, size) if size <= RESIDENT else (paths, slice(None))
-        return Data(images, torch.tensor(found.targets)[good], found.classes)
 
-    return pack(train), pack(test)
+def find_images(folder):
+    """Paths of the images anywhere below the folder, sorted. Hidden files and folders are nobody's data; links are."""
+    root, found = Path(folder).resolve(), []
+    seen = {str(parent) for parent in (root, *root.parents)}  # so that no link leads round in circles
+    for here, folders, files in os.walk(folder, followlinks=True):
+        for f in sorted(folders):
+            target = os.path.realpath(os.path.join(here, f))
+            if f[0] == "." or target in seen:
+                folders.remove(f)
+            seen.add(target)
+        found += [os.path.join(here, f) for f in files
+                  if f[0] != "." and f.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
+    return sorted(found)
+
+
+def find_classes(folder):
+    """{class: paths of its images}, where each class has a folder; one without images is none."""
+    folders = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] != ".") if folder.is_dir() else []
+    return {f.name: paths for f in folders if (paths := find_images(f))}
+
+
+def pack(classes, size):
+    """{class: paths} → Data, with the images read if they are small."""
+    paths = [path for paths in classes.values() for path in paths]
+    labels = torch.tensor([i for i, paths in enumerate(classes.values()) for _ in paths])
+    images, good = read_all(paths, size) if size <= RESIDENT else (paths, slice(None))
+    return Data(images, labels[good], list(classes))
 
 
 def torchvision_cifar10(root, train, size, download):
@@ -543,7 +521,7 @@ def torchvision_cifar10(root, train, size, download):
     except (RuntimeError, OSError) as error:
         raise FileNotFoundError(
             f"no CIFAR-10 in {root} ({' '.join(str(error).split())[:70]}): put it there as cifar10/train/<class>/<image> "
-            f"and cifar10/test/<class>/<image>, or fetch it in one process: "
+            "and cifar10/test/<class>/<image>, or fetch it in one process: "
             f"python -c \"from torchvision.datasets import CIFAR10; CIFAR10('{root}', download=True)\"") from None
     images = rearrange(torch.from_numpy(found.data), "n h w c -> n c h w").contiguous()
     return Data(images if size == 32 else resize(images, size), torch.tensor(found.targets), found.classes)
@@ -553,11 +531,12 @@ def read_image(path):
     """The file as an RGB Pillow image. Raises OSError naming the file, whatever is wrong with it."""
     try:
         with Image.open(path) as image:
-            if image.mode[0] == "I":  # integers of 16 or 32 bits, which Pillow would cut off at 255
-                deep, image = image.mode != "I", image.convert("I")
-                if deep or image.getextrema()[1] > 255:
-                    image = image.point(lambda pixel: pixel * (1 / 256))
-                image = image.convert("L")
+            if image.mode[0] == "F":
+                raise ValueError("its pixels are floats, and what is white is not known: save it with 8 or 16 bits")
+            if image.mode[0] == "I":  # 16 or 32 bits, which Pillow would cut off at 255; of those in use, the 8 highest
+                image = image.convert("I")
+                scale = 0.5 ** max(0, image.getextrema()[1].bit_length() - 8)
+                image = image.point(lambda pixel: pixel * scale).convert("L")
             return image.convert("RGB")
     except Exception as error:  # broken files make Pillow raise nearly anything
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
@@ -573,31 +552,27 @@ def read_centre(path, size, shorter):
     return pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
+def attempt(read, *args):
+    """read(*args), or None and a warning where that image cannot be read."""
+    try:
+        return read(*args)
+    except OSError as error:
+        print(f"WARNING: {error}", file=sys.stderr, flush=True)
+
+
+def tolerate(broken, n):
+    """A few broken images end no run. More than three and than 1 % of n do, or all of them, with an OSError."""
+    if broken > max(3, n / 100) or broken == n:
+        raise OSError(f"{broken} of {n} images cannot be read: the warnings above name each")
+
+
 def read_all(paths, size):
     """n files → uint8 (k, 3, size, size) of the k that can be read, and which those are, (n,) bool."""
-    def read(path):
-        try:
-            return read_centre(path, size, size), ""
-        except OSError as error:
-            return None, str(error)
-
     with ThreadPoolExecutor() as pool:
-        images, errors = zip(*pool.map(read, paths))
-    tolerate([error for error in errors if error], len(paths), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
-    return torch.stack([x for x in images if x is not None]), torch.tensor([not error for error in errors])
-
-
-@functools.cache
-def warn(error):  # cached: once for each file
-    print(f"WARNING: {error}", file=sys.stderr, flush=True)
-
-
-def tolerate(errors, n, quiet=False):
-    """A few broken files end no run. More than 1 % of n do, with an OSError: then something is wrong with all of it."""
-    for error in errors:
-        quiet or warn(error)
-    if len(errors) > n / 100:
-        raise OSError(f"{len(errors)} of {n} images cannot be read, that is more than 1 %; the last: {errors[-1]}")
+        images = list(pool.map(lambda path: attempt(read_centre, path, size, size), paths))
+    good = torch.tensor([image is not None for image in images])
+    tolerate(len(paths) - int(good.sum()), len(paths))
+    return torch.stack([image for image in images if image is not None]), good
 
 
 def generator(*key):
@@ -610,104 +585,94 @@ class TrainLoader:
 
     batch is the global one: each rank gets its share of every global batch, and the last images that fill none are left
     to another epoch. The order comes from (seed, epoch) alone, and so does every crop, with the image's number for
-    streamed images and the step and rank for those on the device; set_epoch(e, first=s) goes on at step s.
+    streamed images and the step and rank for those on the device. set_epoch chooses the epoch.
 
-    A streamed image that cannot be read is replaced by another; `unreadable` counts them. Raises OSError if they are
-    many.
+    For streamed images it is also the data set that workers read, as loader[i]. One that cannot be read is replaced by
+    another; an OSError says where five in a row cannot.
     """
 
     def __init__(self, data, batch, crops, size, scale=(0.2, 1.0), seed=0, rank=0, world=1, device="cpu", workers=0):
         self.data, self.batch, self.crops, self.size, self.scale = data, batch, crops, size, scale
         self.seed, self.rank, self.world, self.device, self.workers = seed, rank, world, device, workers
         self.resident = data.images.to(device) if torch.is_tensor(data.images) else None
-        self.unreadable = 0  # of this epoch
         self.set_epoch(0)
 
     def __len__(self):
         return len(self.data.images) // self.batch
 
-    def set_epoch(self, epoch, first=0):
+    def set_epoch(self, epoch):
         order = torch.randperm(len(self.data.images), generator=generator(self.seed, epoch))[: len(self) * self.batch]
-        order = rearrange(order, "(step rank b) -> step rank b", step=len(self), rank=self.world)[first:, self.rank]
-        self.epoch, self.first, self.order = epoch, first, order.tolist()  # order: this rank's images, step by step
+        order = rearrange(order, "(step rank b) -> step rank b", step=len(self), rank=self.world)[:, self.rank]
+        self.epoch, self.order = epoch, order.tolist()  # order: this rank's images, step by step
 
     def __getitem__(self, i):  # in a worker: decode once, crop, and nothing else
-        g, errors = generator(self.seed, self.epoch, i), []
-        for _ in range(10):
-            try:
-                image = read_image(self.data.images[i])
+        g = generator(self.seed, self.epoch, i)
+        for _ in range(5):
+            if image := attempt(read_image, self.data.images[i]):
                 break
-            except OSError as error:
-                errors.append(str(error))
-                i = torch.randint(len(self.data.images), (), generator=g).item()
+            i = torch.randint(len(self.data.images), (), generator=g).item()
         else:
-            raise OSError(f"10 images in a row cannot be read, the last: {errors[-1]}")
+            raise OSError("five images in a row cannot be read: the warnings above name each")
         image = pil_to_tensor(image)[None]
         boxes = crop_boxes(self.crops, *image.shape[2:], self.scale, generator=g).tolist()
         crops = [  # within a level of Pillow's, and three times as fast
             F.interpolate(image[..., y : y + h, x : x + w], (self.size, self.size), mode="bilinear", antialias=True)
             for x, y, w, h in boxes]
-        label = 0 if self.data.labels is None else self.data.labels[i]
-        return torch.cat(crops), label, "\n".join(errors)
+        return torch.cat(crops), 0 if self.data.labels is None else int(self.data.labels[i])
 
     def __iter__(self):
         if self.resident is None:
             yield from stream(self)
             return
-        for step, row in enumerate(self.order, self.first):
+        for step, row in enumerate(self.order):
             index, g = torch.tensor(row), generator(self.seed, self.epoch, step, self.rank)
-            x = self.resident[like(index, self.resident)]
+            x = self.resident[send(index, self.resident)]
             crops = torch.stack([random_resized_crop(x, self.size, self.scale, g) for _ in range(self.crops)], 1)
-            yield crops, like(torch.zeros_like(index) if self.data.labels is None else self.data.labels[index], x)
+            yield crops, send(torch.zeros_like(index) if self.data.labels is None else self.data.labels[index], x)
 
 
 class EvalLoader:
     """This rank's share of a labelled data set: uint8 (b, 3, size, size) and labels (b,), both on the device.
 
-    Every image comes once, on one rank, and none is dropped or repeated, so the ranks' numbers may differ by one.
-    Streamed images have their shorter side resized to 8/7 of size (256 for 224) and are cropped to the centre. One that
-    cannot be read is left out. Raises OSError if they are many.
+    Every image comes once, on one rank. A label of -1 says that there is no image to count: one that cannot be read (an
+    OSError, if they are many), or one more than there are, so that all ranks have equally many. Streamed images have
+    their shorter side resized to 8/7 of size (256 for 224) and are cropped to the centre.
     """
 
     def __init__(self, data, batch, size, rank=0, world=1, device="cpu", workers=0):
         self.data, self.size, self.device, self.workers = data, size, device, workers
-        mine = list(range(rank, len(data.images), world))
+        mine = list(range(rank, -(-len(data.images) // world) * world, world))
         self.order = [mine[i : i + batch] for i in range(0, len(mine), batch)]
 
-    def __getitem__(self, i):
-        try:
-            return read_centre(self.data.images[i], self.size, round(self.size * 8 / 7)), self.data.labels[i], ""
-        except OSError as error:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), self.data.labels[i], str(error)
+    def __getitem__(self, i):  # in a worker, as TrainLoader's
+        path = self.data.images[i] if i < len(self.data.images) else None
+        image = path and attempt(read_centre, path, self.size, round(self.size * 8 / 7))
+        nothing = torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1
+        return nothing if image is None else (image, int(self.data.labels[i]))
 
     def __iter__(self):
-        if not torch.is_tensor(self.data.images):
-            yield from stream(self)
+        n = len(self.data.images)
+        if torch.is_tensor(self.data.images):
+            for row in self.order:
+                index = torch.tensor(row)
+                x, labels = self.data.images[index % n], self.data.labels[index % n].where(index < n, -1)
+                yield x.to(self.device), labels.to(self.device)
             return
-        for rows in self.order:
-            yield self.data.images[rows].to(self.device), self.data.labels[rows].to(self.device)
-
-
-def ignore_signals(_):
-    """A worker leaves signals that are sent to the whole group of processes to the trainer, and ends with it."""
-    for sent in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sent, signal.SIG_IGN)
+        unread = 0
+        for row, (x, labels) in zip(self.order, stream(self)):
+            unread += (labels < 0).sum() - sum(i >= n for i in row)
+            yield x, labels
+        tolerate(int(unread), n)
 
 
 def stream(loader):
-    """The batches loader.order asks for, read by loader[i] in other processes and ahead of time, on the device."""
-    cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this rank
+    """The batches that loader.order asks for, read as loader[i] by other processes, ahead of time, onto the device."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that we may use
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) or 1  # that share them
     batches = torch.utils.data.DataLoader(
-        loader, batch_sampler=loader.order, num_workers=min(loader.workers, cores),
-        pin_memory=torch.device(loader.device).type == "cuda", worker_init_fn=ignore_signals)
-    errors = []
-    for x, labels, messages in batches:
-        errors += "\n".join(filter(None, messages)).splitlines()
-        tolerate(errors, len(loader.data.images))
-        loader.unreadable = len(errors)
-        if any(messages) and isinstance(loader, EvalLoader):
-            good = torch.tensor([not message for message in messages])
-            x, labels = x[good], labels[good]
+        loader, batch_sampler=loader.order, num_workers=min(loader.workers, max(1, cores // ranks)),
+        pin_memory=torch.device(loader.device).type == "cuda")
+    for x, labels in batches:
         yield x.to(loader.device, non_blocking=True), labels.to(loader.device, non_blocking=True)
 
 
@@ -746,9 +711,9 @@ def glyphs(n, size, seed):
 
 
 def draw_views(rows, path, scale=1):
-    """Save {caption: (n, 3, h, w) in [0, 1]} as one picture, a row each with its caption above it."""
+    """Save [(caption, (n, 3, h, w) in [0, 1])] as one picture, a row each with its caption above it."""
     strips = []
-    for caption, x in rows.items():
+    for caption, x in rows:
         x = F.interpolate(x.float().cpu(), scale_factor=scale)
         strip = utils.make_grid(x, nrow=len(x), padding=2, pad_value=1)
         label = Image.new("RGB", (strip.shape[2], 16), "white")
@@ -759,27 +724,28 @@ def draw_views(rows, path, scale=1):
 
 def main():
     parser = argparse.ArgumentParser(description="Draw standard and heavy views: Figure 7 of the paper.")
-    parser.error = lambda message: parser.exit(2, f"augment.py: {message}\n")
+    parser.error = lambda message: sys.exit(f"augment.py: {message}")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files; without any, glyphs are drawn")
     parser.add_argument("--size", type=int, help="pixels a side (default 224, glyphs 24)")
     parser.add_argument("--heavy", nargs="+", metavar="POLICY", default=["ra(2,5)+jigsaw(4)", "ra(8,16)", "ua"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="views.png")
     args = parser.parse_args()
-    if args.size is not None and args.size < 8:
-        parser.error(f"--size must be 8 or more, not {args.size}")
+    size = args.size if args.size is not None else 224 if args.images else 24
+    if size < 8:
+        parser.error(f"--size must be 8 or more, not {size}")
     try:
         torch.manual_seed(args.seed)
-        policies = {text: parse_policy(text) for text in args.heavy}
-        size = args.size or (224 if args.images else 24)
-        x = read_all(args.images, size)[0] if args.images else glyphs(10, size, args.seed).images
+        policies = {text: parse_policy(text, size) for text in args.heavy}
+        x = [read_centre(path, size, size) for path in args.images] or glyphs(10, size, args.seed).images.unbind()
+        x = torch.stack(x)
         sv = standard(random_resized_crop(x, size), flips=bool(args.images), blur=size > RESIDENT)
-        rows = {"Original image": x / 255, "Standard view": sv}
-        rows |= {f"+ {text}": heavy(sv) for text, heavy in policies.items()}
+        rows = [("Original image", x / 255), ("Standard view", sv)]
+        rows += [(f"+ {text}", heavy(sv)) for text, heavy in policies.items()]
         draw_views(rows, args.out, scale=max(1, 96 // size))
     except (ValueError, OSError) as error:
-        sys.exit(f"augment.py: {error}")
-    print(f"{args.out}: {len(rows)} rows of {len(x)}")
+        parser.error(error)
+    print(f"{args.out!a}: {len(rows)} rows of {len(x)}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ import augment
 
 # ------------------------------------------------------------------------------------------------- loss
 
-
 def D(p, z):
     """Negative cosine similarity, (b, d) and (b, d) → scalar in [-1, 1]. The target z gets no gradient."""
     return -F.cosine_similarity(p.float(), z.detach().float(), dim=-1).mean()
@@ -65,7 +64,6 @@ def dssl_loss(p, z, p_hat=None, z_hat=None, weights=(1, 0, 1, 0)):
 
 # ------------------------------------------------------------------------------------------------- model
 
-
 def make_backbone(arch, stem):
     """torchvision's ResNet without fc, (b, 3, h, w) → (b, d), and its d. Key names and shapes are torchvision's.
 
@@ -91,14 +89,13 @@ def make_backbone(arch, stem):
 class BYOL(nn.Module):
     def __init__(self, args):
         super().__init__()
-
-        def mlp(d):
-            hidden = nn.Linear(d, args.hidden), nn.BatchNorm1d(args.hidden), nn.ReLU(inplace=True)
-            return nn.Sequential(*hidden, nn.Linear(args.hidden, args.dim))
-
         self.backbone, d = make_backbone(args.arch, args.stem)
-        self.projector, self.predictor = mlp(d), mlp(args.dim)
+        self.projector, self.predictor = (
+            nn.Sequential(nn.Linear(width, args.hidden), nn.BatchNorm1d(args.hidden), nn.ReLU(inplace=True),
+                          nn.Linear(args.hidden, args.dim)) for width in (d, args.dim))
         self.target = copy.deepcopy(nn.Sequential(self.backbone, self.projector)).requires_grad_(False)
+        if args.compile:
+            self.target[0].compile()
         alpha, beta, gamma, delta = args.weights
         self.targets_sv, self.targets_hat = bool(alpha or gamma), bool(beta or delta)
 
@@ -119,266 +116,189 @@ class BYOL(nn.Module):
     @torch.no_grad()
     def update_target(self, ema):
         """After the optimizer's step: target ← ema · target + (1 - ema) · online. Parameters only: BN sees its batch."""
-        online = [*self.backbone.parameters(), *self.projector.parameters()]
-        torch._foreach_lerp_(list(self.target.parameters()), online, 1 - ema)
+        for target, online in zip(self.target.parameters(), [*self.backbone.parameters(), *self.projector.parameters()]):
+            target.lerp_(online, 1 - ema)
 
 
 # ------------------------------------------------------------------------------------------------- recipes
-# --data NAME brings its row, any flag overrides its entry. lr is for 256 images and scales with the batch. dim and
-# hidden are the heads', k and knn_every (epochs) the monitor's. CIFAR-10 and ImageNet: optimizer and schedule are
-# SimSiam's, as DSSL has it (§4.1), the heads BYOL's, ema the released code's. Glyphs: found by trial.
+# --data names a column, and any flag overrides its entry. CIFAR-10 and ImageNet: optimizer and
+# schedule are SimSiam's, as DSSL has it (§4.1), the heads BYOL's, ema the released code's. Glyphs: found by trial.
 
-RECIPES = {
-    "glyphs": dict(
-        arch="small", stem="cifar", size=24, crop=0.2, flip=False, blur=False, heavy="ra(2,5)",
-        batch=64, epochs=6, lr=0.12, wd=5e-4, warmup=0.5, k=50, knn_every=1, dim=256, hidden=512,
-        ema=0.99, ema_cosine=False),
-    "cifar10": dict(
-        arch="resnet18", stem="cifar", size=32, crop=0.2, flip=True, blur=False, heavy="ra(2,5)",
-        batch=512, epochs=800, lr=0.03, wd=5e-4, warmup=0, k=200, knn_every=10, dim=256, hidden=4096,
-        ema=0.99, ema_cosine=False),
-    "imagenet": dict(
-        arch="resnet50", stem="imagenet", size=224, crop=0.2, flip=True, blur=True, heavy="0.9*ra(2,5)|0.1*jigsaw(4)",
-        batch=512, epochs=100, lr=0.05, wd=1e-4, warmup=0, k=200, knn_every=5, dim=256, hidden=4096,
-        ema=0.99, ema_cosine=False),
+ARCHS, MANY = ["small", "resnet18", "resnet34", "resnet50", "resnet101"], 1e9
+RECIPES = {  # flag: for glyphs, cifar10 and imagenet; what it may be: one of a list, or from, to; what it is
+    "arch": ("small", "resnet18", "resnet50", ARCHS, "backbone"),
+    "stem": ("cifar", "cifar", "imagenet", ["cifar", "imagenet"], "3 × 3 and no max-pool, or 7 × 7 and max-pool"),
+    "size": (24, 32, 224, (8, 10_000), "pixels a side of a view"),
+    "crop": (0.2, 0.2, 0.2, (0.01, 1), "smallest crop, as a share of the image's area"),
+    "flip": (False, True, True, None, "mirror SVs at random"),
+    "blur": (False, False, True, None, "blur SVs at random"),
+    "heavy": ("ra(2,5)", "ra(2,5)", "0.9*ra(2,5)|0.1*jigsaw(4)", None,
+              "SV → HV: ra(n,m), ra(n,m,paper), ua, jigsaw(n); a+b: one, then the other; 0.9*a|0.1*b: either"),
+    "batch": (64, 512, 512, (2, MANY), "images a step, over all ranks"),
+    "epochs": (6, 800, 100, (1, MANY), "passes over the images"),
+    "lr": (0.12, 0.03, 0.05, (0, MANY), "learning rate for a batch of 256; it scales with the batch"),
+    "wd": (5e-4, 5e-4, 1e-4, (0, MANY), "weight decay"),
+    "warmup": (0.5, 0.0, 0.0, (0, MANY), "epochs of linear warm-up before the cosine"),
+    "k": (50, 200, 200, (1, MANY), "neighbours of the kNN monitor"),
+    "knn_every": (1, 10, 5, (1, MANY), "epochs from one kNN monitor to the next"),
+    "dim": (256, 256, 256, (1, MANY), "features of projections and predictions"),
+    "hidden": (512, 4096, 4096, (1, MANY), "features inside the projector and the predictor"),
+    "ema": (0.99, 0.99, 0.99, (0, 1), "momentum of the target network"),
+    "ema_cosine": (False, False, False, None, "raise the momentum to 1, as the BYOL paper does"),
 }
+DATA = ("glyphs", "cifar10", "imagenet")
+FREE = ("data", "recipe", "root", "out", "workers", "compile", "k", "knn_every")  # change nothing that is learnt
+TERMS = {"SV ↔ SV": (1, 0, 0, 0), "HV ↔ HV": (0, 1, 0, 0), "SV ← HV": (0, 0, 1, 0), "HV ← SV": (0, 0, 0, 1)}  # Eq. 6
+
+
+def fail(message):
+    """End with one line that says what to change, printed once a machine, and an exit code that is not 0."""
+    sys.exit(f"{Path(__file__).name}: {message}" if os.environ.get("LOCAL_RANK", "0") in ("", "0") else 1)
+
+
+def place():
+    """→ rank, world, local rank: torchrun's, or a world of one where it did not start this process."""
+    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    numbers = [os.environ.get(key, "") for key in keys[:3]]
+    if any(numbers) and not (all(map(str.isdecimal, numbers)) and all(os.environ.get(key) for key in keys)):
+        fail(f"{', '.join(keys)} are set in part, or not to numbers: start with torchrun, or unset them")
+    return [int(number or alone) for number, alone in zip(numbers, (0, 1, 0))]
+
+
+def parse_args(argv=None):
+    """The complete settings, or an exit with one line that says what to change."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error, add, boolean = fail, parser.add_argument, argparse.BooleanOptionalAction
+    add("--data", default="glyphs", help="glyphs (default), cifar10, imagenet, or the path of a folder of images")
+    add("--recipe", choices=DATA, help="whose settings to take, where not those of --data; a folder needs it")
+    add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it (default: data)")
+    add("--weights", nargs=4, type=float, default=[1.0, 0.0, 1.0, 0.0], help="of Eq. 6 (default: 1 0 1 0, DSSL)")
+    add("--pairs", type=int, default=1, help="pairs of SVs an image; 2 with --weights 1 0 0 0 costs what DSSL does")
+    add("--hv-from", choices=["sv", "image"], default="sv", help="make HVs of their own SVs (default) or of fresh ones")
+    add("--out", help="folder to write into, and to go on from (default: under runs/, named by the flags)")
+    add("--seed", type=int, default=0, help="of all that is random (default: 0)")
+    add("--workers", type=int, default=8, help="processes a rank that read streamed images (default: 8)")
+    add("--bf16", action=boolean, help="compute in bfloat16 (default: on GPUs that can)")
+    add("--compile", action="store_true", help="torch.compile the backbone, for one GPU (SyncBN breaks the graph)")
+    recipe = parser.add_argument_group("recipe", "the defaults are those of --data")
+    for key, (default, _, _, allowed, meaning) in RECIPES.items():
+        value = dict(type=type(default), choices=allowed if isinstance(allowed, list) else None)
+        value = dict(action=boolean) if isinstance(default, bool) else value
+        recipe.add_argument("--" + key.replace("_", "-"), help=meaning, **value)
+    args = parser.parse_args(argv)
+
+    args.recipe = args.recipe or args.data
+    if args.recipe not in DATA:
+        fail(f"--data {args.data} is none of {', '.join(DATA)}: for a folder, add --recipe with one of them")
+    given = {key: value for key, value in vars(args).items() if value != parser.get_default(key) and key not in FREE}
+    given = f"{Path(__file__).stem} {Path(args.data).name} {given}"
+    args.out = args.out or "runs/" + re.sub(r"[^\w.+]+", "-", given).strip("-")  # a folder for each set of flags
+    for key, row in RECIPES.items():
+        setattr(args, key, row[DATA.index(args.recipe)] if getattr(args, key) is None else getattr(args, key))
+    args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if args.bf16 is None else args.bf16
+
+    ranges = {key: row[3] for key, row in RECIPES.items() if isinstance(row[3], tuple)}
+    for key, (low, high) in (ranges | dict(pairs=(1, 100), seed=(0, 2**63 - 1), workers=(0, 1000))).items():
+        if not low <= getattr(args, key) <= high:
+            fail(f"--{key.replace('_', '-')} must be from {low:g} to {high:g}, not {getattr(args, key)}")
+    (_, world, local), gpus = place(), torch.cuda.device_count()
+    for good, message in (
+        (any(args.weights) and all(0 <= w < MANY for w in args.weights), "--weights: 0 or more, not all 0"),
+        (args.batch % world == 0 and args.batch >= 2 * world,
+         f"--batch {args.batch} does not divide by the {world} ranks into 2 or more images each"),
+        (args.warmup < args.epochs, f"--warmup {args.warmup:g} is not shorter than --epochs {args.epochs}"),
+        (local < gpus or not gpus, f"more processes than the {gpus} GPUs here: lower --nproc_per_node"),
+    ):
+        if not good:
+            fail(message)
+    try:
+        augment.parse_policy(args.heavy, args.size)
+    except ValueError as error:
+        fail(f"--heavy: {error}")
+    return args
+
 
 # ------------------------------------------------------------------------------------------------- kNN monitor
-
-
-def nearest(query, bank, labels, k):
-    """Similarities and labels of the k bank rows nearest to each query, (q, k) each; -inf where the bank is short.
-
-    query (q, d) and bank (n, d) are ℓ2-normalised, labels (n,).
-    """
-    similarity, index = (query @ bank.T).float().topk(min(k, len(bank)))
-    short = (0, k - similarity.shape[1])
-    return F.pad(similarity, short, value=-torch.inf), F.pad(labels[index], short)
-
-
-def vote(similarity, label, classes, t):
-    """Each neighbour votes for its label with weight exp(similarity / t): (q, k) and (q, k) → (q,) labels."""
-    votes = torch.zeros(len(label), classes, device=label.device)
-    return votes.scatter_add_(1, label, (similarity / t).exp()).argmax(1)
-
 
 def knn_predict(query, bank, labels, classes, k=200, t=0.1):
     """Weighted nearest-neighbour classification by cosine similarity (Wu et al., arXiv 1805.01978).
 
-    query (q, d), bank (n, d), labels (n,) in [0, classes) → (q,) labels. k is clamped to the bank. Works in slices,
-    so that the full q × n similarities are never in memory.
+    query (q, d), bank (n, d), labels (n,) in [0, classes) → (q,) labels. The k nearest rows of the bank (all of them,
+    where it has fewer) vote for their labels, each with weight exp(similarity / t).
     """
-    bank, k = F.normalize(bank, dim=1), min(k, len(bank))
-    return torch.cat([vote(*nearest(q, bank, labels, k), classes, t) for q in F.normalize(query, dim=1).split(256)])
-
-
-def all_rows(x):
-    """(b, …) on each rank, b up to the rank → (sum of all b, …) on every rank, without gradient."""
-    sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
-    longest = max(sizes).item()
-    parts = [x.new_empty(longest, *x.shape[1:]) for _ in sizes]
-    dist.all_gather(parts, torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])]))
-    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+    bank, out = F.normalize(bank, dim=1), []
+    for part in F.normalize(query, dim=1).split(256):  # so that the full q × n similarities are never in memory
+        similarity, nearest = (part @ bank.T).float().topk(min(k, len(bank)))
+        votes = torch.zeros(len(part), classes, device=part.device)
+        out.append(votes.scatter_add_(1, labels[nearest], (similarity / t).exp()).argmax(1))
+    return torch.cat(out)
 
 
 @torch.no_grad()
-def features(backbone, loader, bf16=False):
-    """ℓ2-normalised features and labels of this rank's share of the images, (n, d) and (n,), with BN in eval mode."""
-    device, was_training, out = next(backbone.parameters()).device, backbone.training, []
-    backbone.eval()
-    for x, y in loader:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            x = F.normalize(backbone(augment.normalize(x / 255)).float(), dim=1)
-        out.append((x.half() if x.is_cuda else x, y))  # a bank of ImageNet's size takes 5 GB in half precision
-    backbone.train(was_training)
-    return [torch.cat(part) for part in zip(*out)]
+def features(backbone, loader, bf16):
+    """Features (n, d), BN in eval mode, and labels (n,) of this rank's share of the images."""
+    out = []
+    for x, labels in loader:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            x = backbone.eval()(augment.normalize(x / 255))
+        out.append((x.half() if x.is_cuda else x.float(), labels))  # ImageNet's bank takes 5 GB in half precision
+    backbone.train()
+    return [torch.cat(parts) for parts in zip(*out)]
 
 
-@torch.no_grad()
-def knn_accuracy(backbone, bank_loader, query_loader, classes, k=200, t=0.1, bf16=False):
-    """kNN top-1 in percent over all queries of all ranks, the same number on every rank.
-
-    Each rank keeps its share of the bank, finds its own k nearest for everyone's queries, and the best k of these
-    world × k candidates vote. Every rank must hold the same weights and BN buffers (see sync_buffers).
-    """
-    (bank, labels), (mine, truth) = (features(backbone, loader, bf16) for loader in (bank_loader, query_loader))
-    k = min(k, len(all_rows(labels)))
-    query, truth = all_rows(mine), all_rows(truth)
-    right = 0
-    for q, y in zip(query.split(256), truth.split(256)):
-        similarity, label = (
-            rearrange(all_rows(x[None]), "rank q k -> q (rank k)") for x in nearest(q, bank, labels, k))
-        similarity, best = similarity.topk(k)
-        right += (vote(similarity, label.gather(1, best), classes, t) == y).sum()
-    return 100 * right.item() / len(truth)
+def gather(x):
+    """(b, …) on each rank → (world · b, …) on every rank, without gradient."""
+    if dist.get_world_size() == 1:  # gloo would copy on a thread of its own, and torch's threads be slower ever after
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
 
 
-def sync_buffers(model):
-    """Rank 0's BN statistics for everybody: without SyncBN each rank has its own, and would be another network."""
-    for buffer in model.buffers():
-        dist.broadcast(buffer, 0)
+def knn_accuracy(backbone, bank_loader, query_loader, classes, k=200, bf16=False):
+    """kNN top-1 in percent over the queries of all ranks, which must hold the same weights and BN statistics."""
+    bank, labels = map(gather, features(backbone, bank_loader, bf16))
+    query, truth = features(backbone, query_loader, bf16)
+    predicted = knn_predict(query, bank[labels >= 0], labels[labels >= 0], classes, k)  # below 0: no image
+    count = torch.stack([(predicted == truth).sum(), (truth >= 0).sum()])
+    dist.all_reduce(count)
+    return 100 * count[0].item() / count[1].item()
 
 
 # ------------------------------------------------------------------------------------------------- train
 
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, and under torchrun from one rank
-        self.exit(2, f"{self.prog}: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
-
-
-def number(kind, low, high=math.inf):
-    """A parser of one int or float from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
-        return value
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
-    return parse
-
-
-def fail(message):
-    """End with exit code 1 and one line, printed by the first rank of each machine."""
-    sys.exit(f"{Path(__file__).name}: {message}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
-
-
-def parse_args(argv=None):
-    """The complete settings, recipe filled in, or an exit with one line that says what to change."""
-    parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    recipe = parser.add_argument_group("recipe", "the defaults are those of --data").add_argument
-    add("--data", default="glyphs", help="glyphs (default), cifar10, imagenet, or the path of a folder of images")
-    add("--recipe", choices=RECIPES, help="whose settings to take, where not those of --data; a folder needs it")
-    add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it (default: data)")
-    add("--weights", nargs=4, type=number(float, 0), default=[1.0, 0.0, 1.0, 0.0], metavar=tuple("ABCD"),
-        help="alpha, beta, gamma, delta of Eq. 6 (default: 1 0 1 0, DSSL)")
-    add("--pairs", type=number(int, 1), default=1, help="pairs of SVs an image; 2 with 1 0 0 0 costs what DSSL does")
-    add("--hv-from", choices=["sv", "image"], default="sv", help="make HVs of their own SVs (default) or of fresh ones")
-    add("--out", help="folder to write into, and to go on from (default: under runs/, named by the settings)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all that is random (default: 0)")
-    add("--workers", type=number(int, 0), default=8, help="processes a rank that read streamed images (default: 8)")
-    add("--bf16", action=argparse.BooleanOptionalAction,
-        default=torch.cuda.is_bf16_supported(including_emulation=False),
-        help="compute in bfloat16 (default: on GPUs that can)")
-    add("--compile", action="store_true", help="torch.compile the backbone, for one GPU (SyncBN breaks the graph)")
-    recipe("--arch", choices=["small", "resnet18", "resnet34", "resnet50", "resnet101"], help="backbone")
-    recipe("--stem", choices=["cifar", "imagenet"], help="3 × 3 convolution and no max-pool, or 7 × 7 and max-pool")
-    recipe("--size", type=number(int, 8), help="pixels a side of a view")
-    recipe("--crop", type=number(float, 0.01, 1), help="smallest crop, as a share of the image's area")
-    recipe("--batch", type=number(int, 2), help="images a step, over all ranks")
-    recipe("--epochs", type=number(int, 1), help="passes over the images")
-    recipe("--lr", type=number(float, 0), help="learning rate for a batch of 256; it scales with the batch")
-    recipe("--wd", type=number(float, 0), help="weight decay")
-    recipe("--warmup", type=number(float, 0), help="epochs of linear warm-up before the cosine")
-    recipe("--flip", action=argparse.BooleanOptionalAction, help="mirror SVs at random")
-    recipe("--blur", action=argparse.BooleanOptionalAction, help="blur SVs at random")
-    recipe("--heavy", metavar="POLICY", help="ra(n,m), ra(n,m,paper), ua, jigsaw(n), a+b (both), 0.9*a|0.1*b (either)")
-    recipe("--k", type=number(int, 1), help="neighbours of the kNN monitor")
-    recipe("--knn-every", type=number(int, 1), help="epochs from one kNN monitor to the next")
-    recipe("--dim", type=number(int, 1), help="features of projections and predictions")
-    recipe("--hidden", type=number(int, 1), help="features inside the projector and the predictor")
-    recipe("--ema", type=number(float, 0, 1), help="momentum of the target network")
-    recipe("--ema-cosine", action=argparse.BooleanOptionalAction, help="raise the momentum to 1, as the BYOL paper does")
-    args = parser.parse_args(argv)
-
-    args.recipe = args.recipe or args.data
-    if args.recipe not in RECIPES:
-        parser.error(f"--data {args.data} is none of {', '.join(RECIPES)}: for a folder, add --recipe with one of them")
-    given = [f"{key}{value}" for key, value in vars(args).items() if value != parser.get_default(key)
-             and key not in ("data", "recipe", "root", "weights", "heavy", "workers", "compile")]
-    for key, value in RECIPES[args.recipe].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-    if not any(args.weights):
-        parser.error("--weights are all 0: there is nothing to learn; DSSL is 1 0 1 0")
-    if args.batch % world or args.batch < 2 * world:
-        parser.error(f"--batch {args.batch} does not divide by the {world} ranks into 2 or more images each")
-    if args.warmup >= args.epochs:
-        parser.error(f"--warmup {args.warmup:g} is not shorter than --epochs {args.epochs}")
-    try:
-        augment.parse_policy(args.heavy, args.size)
-    except ValueError as error:
-        parser.error(f"--heavy: {error}")
-    if not args.out:  # a folder of its own for every setting that was given
-        heavy = args.heavy.replace("+", "-then-").replace("|", "-or-") if any(args.weights[1:]) else ""
-        name = [Path(__file__).stem, Path(args.data).name, *(f"{w:g}" for w in args.weights), heavy, *given]
-        args.out = "runs/" + re.sub(r"[^\w.]+", "-", "-".join(name)).strip("-")
-    return args
-
-
-TERMS = ("SV ↔ SV", "HV ↔ HV", "SV ← HV", "HV ← SV")  # of Eq. 6, in the order of its weights
-
-
-def in_words(args):
-    """What the weights amount to, such as "DSSL: SV ↔ SV, SV ← HV"."""
-    names = {(1, 0, 1, 0): "DSSL: ", (1, 0, 0, 0): "plain: ", (0, 1, 0, 0): "all heavy: ", (1, 1, 1, 1): "all alike: "}
-    terms = ", ".join(("" if w == 1 else f"{w:g} ") + term for w, term in zip(args.weights, TERMS) if w)
-    heavy = f", heavy {args.heavy}" * any(args.weights[1:])
-    return names.get(tuple(args.weights), "") + terms + f", {args.pairs} pairs" * (args.pairs > 1) + heavy
+def join(rank, world, local):
+    """→ this rank's device, once all have joined. A world of one goes the same way, and needs no port."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+        torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try what is fastest for it
+    alone = dict(store=dist.HashStore(), rank=0, world_size=1) if world == 1 else {}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # one rank speaks for all
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
 def write(path, content):
-    """All or nothing: text, or what torch.save takes, goes into another file, which then replaces the old one."""
-    part, data = path.with_name(path.name + ".part"), io.BytesIO()
+    """All or nothing: what torch.save takes, or text, goes into another file, which then replaces the old one."""
+    part, data = path.with_name(f"{path.name}.{os.getpid()}.part"), io.BytesIO()
     data.write(content.encode()) if isinstance(content, str) else torch.save(content, data)
     try:
         with open(part, "wb") as file:
             file.write(data.getbuffer())
             file.flush()
             os.fsync(file.fileno())  # the content is on the disk before the name is
-        os.replace(part, path)
+        part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({error.strerror}); what was there before is still there") from None
 
 
-def on_signal(action):
-    """What SIGTERM (a cluster, torchrun) and SIGINT (Ctrl-C) do from here on."""
-    for sent in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sent, action)
-
-
-def join():
-    """→ rank, world, device. One process is a world of one: the same path on CPU, on one GPU and under torchrun."""
-    torchrun = "RANK" in os.environ
-    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if torchrun else (0, 1, 0)
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    cuda = device.type == "cuda"
-    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-        fail(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try what is fastest for it
-    store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # one machine, where torchrun keeps its store when it restarts
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # ranks: hide the dead ones'
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
-    return rank, world, device
-
-
-def claim(out, settings):
-    """Make and lock the run's folder → the state saved there or None, and the lock, to keep for as long as the run lasts.
-
-    Fails where another process has the lock, where the folder holds a run with other settings, or its state is broken.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
-    except OSError as error:
-        fail(f"cannot write into --out {out}: {error.strerror}")
-    if os.name == "posix":  # the system frees the lock however this process ends
-        import fcntl
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            fail(f"another run is writing into {out}: wait for its end, or take another --out")
-        except OSError:  # a file system without locks
-            pass
+def resume(out, settings):
+    """The state of the run in this folder, or None where there is none yet. Fails where it is another run's."""
+    out.mkdir(parents=True, exist_ok=True)
     if not (out / "checkpoint.pt").exists():
-        return None, lock
+        return None
     try:
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
         there = {key: state["settings"].get(key) for key in settings}
@@ -386,148 +306,76 @@ def claim(out, settings):
         fail(f"{out}/checkpoint.pt cannot be read ({type(error).__name__}): remove it, or take another --out")
     for key in settings:
         if settings[key] != there[key]:
-            fail(f"{out} holds a run with {key} {there[key]}, not {settings[key]}: take that, or another --out")
-    return state, lock
+            why = " (the learning rate falls to 0 with them: to train for longer, begin anew)" * (key == "epochs")
+            fail(f"{out} holds a run with {key} {there[key]}, not {settings[key]}{why}: take that, or another --out")
+    return state
+
+
+def learning_rate(step, steps, warmup, base):
+    """Linear warm-up over the first `warmup` steps, then half a cosine from base to 0."""
+    if step < warmup:
+        return base * min(1, (step + 1) / warmup)
+    return base * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
 def train(args):
-    rank, world, device = join()
-    cuda, say = device.type == "cuda", print if rank == 0 else lambda *_, **__: None
-    on_signal(signal.SIG_DFL)  # until the first step, just end
-
-    # output: a folder that holds this very run, or none yet; rank 0 alone reads and writes it
-    out, settings = Path(args.out), {"script": Path(__file__).stem} | vars(args)
-    for key in ("root", "out", "workers", "compile"):  # these change nothing, or no more than rounding
-        del settings[key]
-    state, lock = claim(out, settings) if rank == 0 else (None, None)
-    everyone = [state]
-    dist.broadcast_object_list(everyone, device=torch.device("cpu"))
-
     # data
-    try:
-        train_set, test_set = augment.load_data(args.data, args.root, args.size, download=world == 1)
-    except (ValueError, OSError) as error:
-        fail(error)
-    sizes = torch.tensor([[len(s.images) if s else 0 for s in (train_set, test_set)]])
-    if (all_rows(sizes) != sizes).any():
-        fail(f"the ranks have different images, here {sizes.tolist()[0]}: give every machine the same data")
-    if args.batch > len(train_set.images):
-        fail(f"--batch {args.batch} is larger than the {len(train_set.images)} training images: lower it")
-    if test_set and len(test_set.images) < world:
-        fail(f"{world} ranks, but {len(test_set.images)} test images: use fewer ranks")
+    rank, world, local = place()
+    train_set, test_set = augment.load_data(args.data, args.root, args.size, download=world == 1)
+    images = [len(s.images) if s else 0 for s in (train_set, test_set)]
+    if args.batch > images[0]:
+        fail(f"--batch {args.batch} is larger than the {images[0]} training images: lower it")
+
+    # the run in --out, if there is one, goes on; rank 0 alone reads and writes there
+    out, settings = Path(args.out).expanduser(), {"script": Path(__file__).stem, "images": images}
+    settings |= {key: value for key, value in vars(args).items() if key not in FREE}
+    shared = [resume(out, settings) if rank == 0 else None, images]
+    device = join(rank, world, local)
+    if world > 1:
+        dist.broadcast_object_list(shared, device=torch.device("cpu"))
+    state, theirs = shared
+    if images != theirs:
+        fail(f"the first rank has {theirs} training and test images, this one {images}: give all the same data")
+    history = state["history"] if state else []  # an entry an epoch, the lines of log.jsonl
+
+    # views
     alpha, beta, gamma, delta = args.weights
     use_sv, use_hv, n = bool(alpha or gamma or delta), bool(beta or gamma or delta), 2 * args.pairs
     crops = 2 * n if use_sv and use_hv and args.hv_from == "image" else n  # then HVs start from SVs of their own
     heavy = augment.parse_policy(args.heavy, args.size)
     share = dict(rank=rank, world=world, device=device, workers=args.workers)
     loader = augment.TrainLoader(train_set, args.batch, crops, args.size, (args.crop, 1), args.seed, **share)
-    if test_set:
-        monitor = [augment.EvalLoader(s, 256, args.size, **share) for s in (train_set, test_set)]
+    monitor = [augment.EvalLoader(s, 256, args.size, **share) for s in (train_set, test_set) if test_set]
 
     # model
     torch.manual_seed(args.seed)
     model = BYOL(args).to(device, memory_format=torch.channels_last)  # 1.5 times as fast on CPU
-    if cuda and world > 1:  # SyncBatchNorm exists on GPUs alone
+    if device.type == "cuda" and world > 1:  # SyncBatchNorm exists on GPUs alone
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for net in model.modules():
-        if args.compile and isinstance(net, models.ResNet):
-            net.compile()
+    if args.compile:
+        model.backbone.compile()
     ddp = nn.parallel.DistributedDataParallel(model)
-    ddp.broadcast_buffers = False  # at every forward; sync_buffers does it before anyone looks
-    base_lr = args.lr * args.batch / 256
+    ddp.broadcast_buffers = False  # not before every forward: once an epoch will do
+    base_lr, steps = args.lr * args.batch / 256, len(loader)
     optimizer = torch.optim.SGD(model.parameters(), base_lr, momentum=0.9, weight_decay=args.wd)
-
-    # progress: with the model and the optimizer, all that a run needs to go on
-    used = {term: unit for term, unit, weight in zip(TERMS, torch.eye(4).tolist(), args.weights) if weight}
-    meters = torch.zeros(2 + len(used), dtype=torch.float64, device=device)  # loss, std and terms, summed over an epoch
-    steps = len(loader)
-    total_steps, warm_steps = steps * args.epochs, args.warmup * steps
-    step, history, saved_at, stop = 0, [], time.time(), []  # stop: the signals that have come
-    if state := everyone.pop():
+    if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, history = state["step"], state["history"]
-        meters += state["meters"].to(device)  # a mean over the ranks, however many there were
-        del state
 
-    def require_finite(what, tensors):
-        if not all(x.isfinite().all() for x in tensors):
-            lr = optimizer.param_groups[0]["lr"]
-            fail(f"{what} is not finite by step {step}, lr {lr:g}: lower --lr; {out} has the last good state")
-
-    def totals():
-        dist.all_reduce(total := meters.clone())
-        require_finite("the loss", [total])
-        return total
-
-    def checkpoint():
-        nonlocal saved_at
-        total, saved_at = totals(), time.time()
-        sync_buffers(model)
-        if rank == 0:
-            state = model.state_dict()
-            require_finite("a weight", state.values())
-            backbone = {key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}
-            write(out / "backbone.pt", backbone)
-            write(out / "checkpoint.pt", dict(
-                settings=settings, step=step, history=history, meters=total / world, model=state,
-                optimizer=optimizer.state_dict()))
-
-    def asked():
-        """Has any rank got a signal, and does rank 0 want a checkpoint? On the host: nothing waits for the GPU."""
-        due = rank == 0 and time.time() - saved_at > 600
-        dist.all_reduce(both := torch.tensor([stop[0] if stop else 0, due]), dist.ReduceOp.MAX)
-        return both.tolist()
-
-    def end(signal_number):
-        say(f"stopped after step {step} of {total_steps}; the same command goes on from here")
-        sys.exit(128 + signal_number)
-
-    def report(epoch, **entry):
-        line = f"epoch {epoch:3d}/{args.epochs}"
-        if epoch:
-            line += "  loss {loss:.4f}  std {std:.2f}  {images_per_s:,.0f} images/s  {seconds:.0f} s".format(**entry)
-        measure = epoch % args.knn_every == 0 or epoch == args.epochs
-        if measure:
-            checkpoint()
-        if measure and test_set:
-            on_signal(signal.SIG_DFL)  # the monitor may take minutes, and a signal need not wait for it
-            if sent := asked()[0]:
-                end(sent)
-            entry["knn"] = knn_accuracy(model.backbone, *monitor, len(train_set.classes), args.k, bf16=args.bf16)
-            line += f"  kNN {entry['knn']:.2f} %" + " (untrained)" * (epoch == 0)
-        history.append(dict(epoch=epoch, **entry))
-        if entry.get("unreadable"):
-            line += f"  {entry['unreadable']} images cannot be read"
-        if epoch or test_set:
-            say(line, flush=True)
-        if entry.get("std", 1) < 0.2:
-            say("WARNING: the std is low: all images are being projected to one point (collapse)")
-        if epoch >= max(1, args.epochs / 10) and entry.get("knn", math.inf) < history[0].get("knn", 0) + 2:
-            say("WARNING: kNN is not clearly above the untrained network's: nothing useful is being learnt")
-        if rank == 0:
-            write(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
-
-    say(f"{settings['script']} on {args.data} ({len(train_set.images):,} images), recipe {args.recipe}, {in_words(args)}\n"
-        f"{args.arch} at {args.size} px, batch {args.batch}, lr {base_lr:g}, wd {args.wd:g}, {args.epochs} epochs of "
-        f"{steps} steps, {world} × {device.type}, writing into {out}", flush=True)
-    if not test_set:
-        say("no labels: no kNN monitor")
-    if step:
-        say(f"going on after step {step} of {total_steps}")
-    if not history:
-        report(epoch=0)
-
-    for epoch in range(len(history) - 1, args.epochs):
-        on_signal(lambda number, _: stop.append(number))  # the step under way ends first
-        loader.set_epoch(epoch, first=step - epoch * steps)
-        start, first, rate = time.time(), step, 0
-        for batch, _ in loader:
+    used = {term: weight for term, weight in zip(TERMS, args.weights) if weight}
+    words = " + ".join(f"{weight:g} {term}" for term, weight in used.items()) + f", {args.pairs} pairs" * (args.pairs > 1)
+    print(f"{settings['script']} on {args.data} ({images[0]:,} images), recipe {args.recipe}: {words}, heavy {args.heavy}\n"
+          f"{args.arch} at {args.size} px, batch {args.batch}, lr {base_lr:g}, {args.epochs} epochs of {steps} steps, "
+          f"{world} × {device.type}, into {out}" + "; no labels, so no kNN monitor" * (not monitor)
+          + f"\ngoing on after epoch {len(history) - 1}" * bool(history))
+    for epoch in range(len(history), args.epochs + 1):  # epoch 0 trains nothing: it measures the untrained network
+        loader.set_epoch(epoch - 1)
+        sums, start = torch.zeros(2 + len(used), dtype=torch.float64, device=device), time.time()  # loss, std, terms
+        for i, (batch, _) in enumerate(loader if epoch else (), 1):
+            step = (epoch - 1) * steps + i - 1
             torch.manual_seed(hash((args.seed, step, rank)))  # so that nothing random has to be saved
-            lr = base_lr * min(1, (step + 1) / max(1, warm_steps))
-            lr *= (1 + math.cos(math.pi * max(0, step - warm_steps) / (total_steps - warm_steps))) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            lr = learning_rate(step, args.epochs * steps, args.warmup * steps, base_lr)
+            optimizer.param_groups[0]["lr"] = lr
 
             # the first m SVs are forwarded, the last m made heavy: the same ones, unless crops were made for both
             sv = augment.standard(rearrange(batch, "b v c h w -> (v b) c h w"), args.flip, args.blur)
@@ -536,57 +384,78 @@ def train(args):
             hv = heavy(sv[-m:]).chunk(n) if use_hv else ()
             v_hat = tuple(augment.normalize(x) for x in hv)
             if step == 0 and rank == 0:
-                rows = {f"SV {i}": x[:10] for i, x in enumerate(sv.chunk(crops), 1)}
-                rows |= {f"HV {i}": x[:10] for i, x in enumerate(hv, 1)}
+                rows = [("SV", x[:10]) for x in sv.chunk(crops)] + [("HV", x[:10]) for x in hv]
                 augment.draw_views(rows, out / "views.png", scale=max(1, 96 // args.size))
 
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 outputs, z = ddp(v, v_hat)
             pairs = [[o[k : k + 2] for o in outputs] for k in range(0, n, 2)]  # of each pair what dssl_loss takes
-            loss = sum(dssl_loss(*pair, weights=args.weights) for pair in pairs)
+            terms = [sum(dssl_loss(*pair, weights=TERMS[term]) for pair in pairs) for term in used]  # each for the log
+            loss = sum(weight * term for weight, term in zip(used.values(), terms))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            rise = (1 + math.cos(math.pi * step / total_steps)) / 2 if args.ema_cosine else 1
+            rise = (1 + math.cos(math.pi * step / (args.epochs * steps))) / 2 if args.ema_cosine else 1
             model.update_target(1 - (1 - args.ema) * rise)
 
-            step += 1
-            with torch.no_grad():  # for the log: std is 1 in health and 0 in collapse; each term by itself
+            with torch.no_grad():  # std: 1 in health, 0 in collapse
                 std = F.normalize(z.float(), dim=-1).std(1).mean() * z.shape[-1] ** 0.5
-                terms = [sum(dssl_loss(*pair, weights=unit) for pair in pairs) for unit in used.values()]
-                meters += torch.stack([loss, std, *terms])
-            rate = (step - first) * args.batch / (time.time() - start)
-            if sys.stdout.isatty() and step % 10 == 0:
-                minutes = (total_steps - step) * args.batch / rate / 60
-                say(f"epoch {epoch + 1:3d}/{args.epochs}  step {step % steps}/{steps}  {rate:,.0f} images/s  "
-                    f"{minutes:.0f} min left    ", end="\r", flush=True)
-            if step % 50 == 0:
-                totals()
-            sent, due = asked()
-            if sent or due:
-                checkpoint()
-            if sent:
-                end(sent)
+                sums += torch.stack([loss, std, *terms])
+            if i % 10 == 0 and sys.stdout and sys.stdout.isatty():
+                rate = i * args.batch / (time.time() - start)
+                left = (args.epochs * steps - step) * args.batch / rate / 60
+                print(f"epoch {epoch:3d}  step {i}/{steps}  {rate:,.0f} images/s  {left:.0f} min left     ", end="\r")
 
-        dist.all_reduce(unreadable := torch.tensor(loader.unreadable))
-        loss, std, *terms = (totals() / (steps * world)).tolist()
-        report(epoch + 1, loss=loss, terms=dict(zip(used, terms)), std=std,
-               lr=optimizer.param_groups[0]["lr"], images_per_s=rate, seconds=time.time() - start,
-               unreadable=unreadable.item())
-        meters.zero_()
+        dist.all_reduce(sums)
+        loss, std, *terms = (sums / (steps * world)).tolist()
+        seconds = time.time() - start
+        for buffer in model.buffers():  # without SyncBN each rank has BN statistics of its own: rank 0's for everybody
+            dist.broadcast(buffer, 0)
+        if not all(x.isfinite().all() for x in (sums, *model.state_dict().values())):
+            fail(f"the loss or a weight is not finite in epoch {epoch}: lower --lr; {out} has the epoch before")
+        entry, line = dict(epoch=epoch), f"epoch {epoch:3d}/{args.epochs}"
+        if epoch:
+            rate = steps * args.batch / seconds
+            entry |= dict(loss=loss, terms=dict(zip(used, terms)), std=std, lr=lr, images_per_s=rate, seconds=seconds)
+            line += f"  loss {loss:.4f}  std {std:.2f}  {rate:,.0f} images/s  {seconds:.0f} s"
+        if monitor and (epoch % args.knn_every == 0 or epoch == args.epochs):
+            entry["knn"] = knn_accuracy(model.backbone, *monitor, len(train_set.classes), args.k, args.bf16)
+            line += f"  kNN {entry['knn']:.2f} %" + " (untrained)" * (epoch == 0)
+        history.append(entry)
+        print(line)
+        if epoch and std < 0.2:
+            print("WARNING: the std is low: all images are being projected to one point (collapse)")
+        if epoch >= max(1, args.epochs / 10) and entry.get("knn", math.inf) < history[0].get("knn", 0) + 2:
+            print("WARNING: kNN is not clearly above the untrained network's: nothing useful is being learnt")
+        if rank == 0:  # the checkpoint last: what it does not know has not happened
+            backbone = {key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}
+            write(out / "backbone.pt", backbone)
+            write(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+            write(out / "checkpoint.pt", state | dict(settings=settings, history=history))
 
-    checkpoint()
-    say(f"the backbone is in {out}/backbone.pt")
-    if test_set:
-        say("its linear evaluation:", shlex.join([
-            "python", "linear_eval.py", f"{out}/backbone.pt", "--data", args.data, "--root", args.root,
-            "--recipe", args.recipe, "--size", f"{args.size}"]))
-    del ddp  # before its process group: with torch 2.11 the other order can wait for ever
-    dist.destroy_process_group()
+    print(f"the backbone is in {out}/backbone.pt")
+    if monitor:
+        print("its linear evaluation:", shlex.join([
+            "python", f"{Path(__file__).with_name('linear_eval.py')}", f"{out}/backbone.pt", "--data", args.data,
+            "--root", args.root, "--recipe", args.recipe, "--size", f"{args.size}"]))
+
+
+def main():
+    """Train, and end with one line where it is not this code's fault: no traceback, no process group left behind."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends, and costs the epoch under way
+    if sys.stdout:  # what a terminal cannot show must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        end = train(parse_args())
+    except SystemExit as error:
+        end = error.code
+    except OSError as error:  # no such data, a full disk; the last line, since a worker's error brings its traceback
+        end = f"{Path(__file__).name}: {(str(error) or repr(error)).splitlines()[-1]}"
+    if dist.is_initialized():  # train()'s DDP is gone by now: with torch 2.11 the other order can wait for ever
+        dist.destroy_process_group()
+    sys.exit(end)
 
 
 if __name__ == "__main__":
-    try:
-        train(parse_args())
-    except OSError as error:  # a disk that is full or gone; the last line, since a worker's error brings its traceback
-        sys.exit(f"{Path(__file__).name}: {(str(error) or repr(error)).splitlines()[-1]}")
+    main()

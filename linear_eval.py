@@ -24,19 +24,15 @@ from torchvision import models
 
 import augment
 
-# --protocol names an optimizer and its settings; any flag overrides its entry. lr is for a batch of 256.
-#   sgd:  CIFAR-10 by DSSL's released code: SGD at 30, a tenth of it after 60 % and after 80 % of the epochs
-#   lars: ImageNet by the paper's App. A.3: LARS at 0.1 (1.6 for a batch of 4096), cosine
-#   sgd-linear: the same for SimCLR: SGD, lr falling linearly to 0
-PROTOCOLS = {
-    "sgd": dict(batch=256, epochs=100, lr=30.0),
-    "lars": dict(batch=4096, epochs=90, lr=0.1),
-    "sgd-linear": dict(batch=4096, epochs=90, lr=0.1),
-}
-RECIPES = {  # size of the images, smallest crop of them to train on, mirrored or not, and the protocol
+DATA = {  # size of the images, smallest crop of them to train on, mirrored or not, and the protocol
     "glyphs": dict(size=24, scale=0.8, flip=False, protocol="sgd", epochs=30, lr=0.3),
     "cifar10": dict(size=32, scale=0.8, flip=True, protocol="sgd"),
     "imagenet": dict(size=224, scale=0.08, flip=True, protocol="lars"),
+}
+PROTOCOLS = {  # an optimizer, its schedule and their settings; lr is for a batch of 256
+    "sgd": dict(batch=256, epochs=100, lr=30.0),  # CIFAR-10, DSSL's released code: a tenth after 60 %, again after 80 %
+    "lars": dict(batch=4096, epochs=90, lr=0.1),  # ImageNet, the paper's App. A.3: 1.6 for a batch of 4096, cosine
+    "sgd-linear": dict(batch=4096, epochs=90, lr=0.1),  # the same for SimCLR, falling linearly to 0
 }
 
 
@@ -81,183 +77,182 @@ class LARS(torch.optim.SGD):
         super().step()
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, and under torchrun from one rank
-        self.exit(2, f"{self.prog}: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
-
-
-def number(kind, low, high=math.inf):
-    """A parser of one int or float from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
-        return value
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
-    return parse
-
-
 def fail(message):
-    """End with exit code 1 and one line, printed by the first rank of each machine."""
-    sys.exit(f"{Path(__file__).name}: {message}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    """End with one line that says what to change, printed once a machine, and an exit code that is not 0."""
+    sys.exit(f"{Path(__file__).name}: {message}" if os.environ.get("LOCAL_RANK", "0") in ("", "0") else 1)
+
+
+def place():
+    """→ rank, world, local rank: torchrun's, or a world of one where it did not start this process."""
+    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    numbers = [os.environ.get(key, "") for key in keys[:3]]
+    if any(numbers) and not (all(map(str.isdecimal, numbers)) and all(os.environ.get(key) for key in keys)):
+        fail(f"{', '.join(keys)} are set in part, or not to numbers: start with torchrun, or unset them")
+    return [int(number or alone) for number, alone in zip(numbers, (0, 1, 0))]
+
+
+def join(rank, world, local):
+    """→ this rank's device, once all have joined. A world of one goes the same way, and needs no port."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+        torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try what is fastest for it
+    alone = dict(store=dist.HashStore(), rank=0, world_size=1) if world == 1 else {}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # one rank speaks for all
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
 def load_backbone(path):
-    """A state dict's file → (network in eval mode, features d). Raises ValueError naming what does not fit."""
+    """A state dict's file → (network in eval mode, features d). Raises OSError naming what does not fit."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except OSError:
+        raise
     except Exception as error:  # garbage can make the unpickler raise anything
-        raise ValueError(f"{path} is no file of weights ({type(error).__name__})") from None
+        raise OSError(f"{path} is no file of weights ({type(error).__name__})") from None
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
-        raise ValueError(f"{path} is no state dict of a backbone; a run writes one as backbone.pt")
-    def shapes(tensors):  # num_batches_tracked, which some weights lack, counts for nothing in eval mode
-        return {key: x.shape for key, x in tensors.items() if not str(key).endswith("num_batches_tracked")}
-
+        raise OSError(f"{path} is no state dict of a backbone; a run writes one as backbone.pt")
+    # fc is not the backbone's, and num_batches_tracked, which some weights lack, counts for nothing in eval mode
     state = {key: value for key, value in state.items() if not str(key).startswith("fc.")}
+    shapes = {key: value.shape for key, value in state.items() if not str(key).endswith("num_batches_tracked")}
     for arch in ("small", "resnet18", "resnet34", "resnet50", "resnet101"):
         for stem in ("cifar", "imagenet"):
             with torch.device("meta"):  # shapes alone
-                fits = shapes(make_backbone(arch, stem)[0].state_dict()) == shapes(state)
-            if fits:
+                ours = make_backbone(arch, stem)[0].state_dict()
+            if shapes == {key: value.shape for key, value in ours.items() if not key.endswith("num_batches_tracked")}:
                 net, d = make_backbone(arch, stem)
                 net.load_state_dict(state, strict=False)
                 return net.eval().requires_grad_(False), d
-    raise ValueError(f"{path} fits no ResNet-18, 34, 50 or 101 with torchvision's keys, with or without the CIFAR stem")
+    raise OSError(f"{path} fits no ResNet-18, 34, 50 or 101 with torchvision's keys, with or without the CIFAR stem")
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
+    """The complete settings, or an exit with one line that says what to change."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error, add = fail, parser.add_argument
     add("backbone", help="the file of its weights: backbone.pt of a run, or any with torchvision's keys")
     add("--data", default="glyphs", help="glyphs (default), cifar10, imagenet, or the path of a folder of images")
-    add("--recipe", choices=RECIPES, help="whose size and crops to take, where not those of --data; a folder needs it")
+    add("--recipe", choices=DATA, help="whose size and crops to take, where not those of --data; a folder needs it")
     add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it (default: data)")
     add("--protocol", choices=PROTOCOLS, help="optimizer and schedule (default: sgd, for ImageNet lars)")
-    add("--size", type=number(int, 8), help="pixels a side (default: the recipe's)")
-    add("--batch", type=number(int, 1), help="images a step, over all ranks (default: the protocol's)")
-    add("--epochs", type=number(int, 1), help="passes over the images (default: the protocol's)")
-    add("--lr", type=number(float, 0), help="learning rate for a batch of 256; it scales with the batch")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all that is random (default: 0)")
-    add("--workers", type=number(int, 0), default=8, help="processes a rank that read streamed images (default: 8)")
-    add("--bf16", action=argparse.BooleanOptionalAction,
-        default=torch.cuda.is_bf16_supported(including_emulation=False),
-        help="compute in bfloat16 (default: on GPUs that can)")
+    add("--size", type=int, help="pixels a side (default: that of --data)")
+    add("--batch", type=int, help="images a step, over all ranks (default: the protocol's, or all images if fewer)")
+    add("--epochs", type=int, help="passes over the images (default: the protocol's)")
+    add("--lr", type=float, help="learning rate for a batch of 256; it scales with the batch")
+    add("--seed", type=int, default=0, help="of all that is random (default: 0)")
+    add("--workers", type=int, default=8, help="processes a rank that read streamed images (default: 8)")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (default: on GPUs that can)")
     args = parser.parse_args(argv)
-    if (args.recipe or args.data) not in RECIPES:
-        parser.error(f"--data {args.data} is none of {', '.join(RECIPES)}: for a folder, add --recipe with one of them")
-    recipe = RECIPES[args.recipe or args.data]
-    protocol = PROTOCOLS[args.protocol or recipe["protocol"]]
-    for key, value in (recipe | protocol if args.protocol else protocol | recipe).items():  # what was asked for wins
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
-    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-    if args.batch % world:
-        parser.error(f"--batch {args.batch} does not divide by the {world} ranks")
+    args.recipe = args.recipe or args.data
+    if args.recipe not in DATA:
+        fail(f"--data {args.data} is none of {', '.join(DATA)}: for a folder, add --recipe with one of them")
+    defaults = PROTOCOLS[args.protocol or DATA[args.recipe]["protocol"]] | DATA[args.recipe]
+    if args.protocol:  # then its own batch, epochs and lr, also where the data would have others
+        defaults |= PROTOCOLS[args.protocol]
+    vars(args).update({key: value for key, value in defaults.items() if getattr(args, key, None) is None})
+    args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if args.bf16 is None else args.bf16
+    lowest = dict(size=8, batch=1, epochs=1, lr=0, seed=0, workers=0)
+    for key, low in lowest.items():
+        if not low <= getattr(args, key) < 2**63:
+            fail(f"--{key} must be {low} or more, not {getattr(args, key)}")
+    if place()[1] > args.batch:
+        fail(f"--batch {args.batch} has no image for some of the {place()[1]} ranks")
     return args
 
 
-def join():
-    """→ rank, world, device. One process is a world of one: the same path on CPU, on one GPU and under torchrun."""
-    torchrun = "RANK" in os.environ
-    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if torchrun else (0, 1, 0)
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    cuda = device.type == "cuda"
-    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-        fail(f"more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try what is fastest for it
-    store = next(dist.rendezvous("env://"))[0] if torchrun else dist.HashStore()
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # one machine, where torchrun keeps its store when it restarts
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # ranks: hide the dead ones'
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
-    return rank, world, device
+def learning_rate(protocol, done, base):
+    """The learning rate once that share of the steps is done."""
+    if protocol == "sgd":
+        return base * 0.1 ** ((done >= 0.6) + (done >= 0.8))
+    return base * (1 - done if protocol == "sgd-linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+@torch.no_grad()
+def features(backbone, x, bf16):
+    """(b, 3, h, w) in [0, 1] → (b, d), in parts: in eval mode they give what the whole would, in less memory."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        return torch.cat([backbone(part).float() for part in augment.normalize(x).split(256)])
+
+
+@torch.no_grad()
+def evaluate(backbone, linear, loader, bf16):
+    """Top-1 and top-5 in percent over all images, and how many these are."""
+    right = torch.zeros(3, dtype=torch.float64, device=linear.weight.device)  # among the first 1, among the first 5, all
+    for x, labels in loader:
+        hit = linear(features(backbone, x / 255, bf16)).topk(min(5, linear.out_features)).indices == labels[:, None]
+        right += torch.stack([hit[:, 0].sum(), hit.sum(), (labels >= 0).sum()])  # a label below 0: no image
+    dist.all_reduce(right)
+    return *(100 * right[:2] / right[2]).tolist(), int(right[2])
 
 
 def train(args):
-    rank, world, device = join()
-    say = print if rank == 0 else lambda *_, **__: None
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends
-
-    try:
-        backbone, d = load_backbone(args.backbone)
-        train_set, test_set = augment.load_data(args.data, args.root, args.size, download=world == 1)
-    except (ValueError, OSError) as error:
-        fail(error)
+    rank, world, local = place()
+    backbone, d = load_backbone(Path(args.backbone).expanduser())
+    train_set, test_set = augment.load_data(args.data, args.root, args.size, download=world == 1)
     if not test_set:
         fail(f"--data {args.data} has no labels: linear evaluation needs train/<class>/ and val/<class>/")
-    if args.batch > len(train_set.images):
-        fail(f"--batch {args.batch} is larger than the {len(train_set.images)} training images: lower it")
+    args.batch = min(args.batch, len(train_set.images)) // world * world  # a folder may be smaller than a batch
+    if not args.batch:
+        fail(f"{world} ranks, but {len(train_set.images)} training images: use fewer ranks")
+    device = join(rank, world, local)
     share = dict(rank=rank, world=world, device=device, workers=args.workers)
     loader = augment.TrainLoader(train_set, args.batch, 1, args.size, scale=(args.scale, 1), seed=args.seed, **share)
     test_loader = augment.EvalLoader(test_set, 256, args.size, **share)
-    steps, classes = len(loader), len(train_set.classes)
 
     torch.manual_seed(args.seed)
     backbone = backbone.to(device, memory_format=torch.channels_last)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    linear = nn.Linear(d, classes).to(device)
+    linear = nn.Linear(d, len(train_set.classes)).to(device)
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
     ddp = nn.parallel.DistributedDataParallel(linear)
-    lr = args.lr * args.batch / 256
+    base_lr, steps, best = args.lr * args.batch / 256, len(loader), 0
     optimizer = LARS if args.protocol == "lars" else torch.optim.SGD
-    optimizer = optimizer(linear.parameters(), lr, momentum=0.9, weight_decay=0)
-    schedule = {
-        "sgd": lambda t: 0.1 ** ((t >= 0.6) + (t >= 0.8)),
-        "lars": lambda t: (1 + math.cos(math.pi * t)) / 2,
-        "sgd-linear": lambda t: 1 - t,
-    }[args.protocol]
-
-    @torch.no_grad()
-    def features(x):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            parts = augment.normalize(x).split(256)  # in eval mode they give what the whole batch would, in less memory
-            return torch.cat([backbone(part).float() for part in parts])
-
-    say(f"{args.backbone} ({d} features) on {args.data}: {len(train_set.images):,} images, {len(test_set.images):,} to "
-        f"test, {args.protocol}, {world} × {device.type}, batch {args.batch}, lr {lr:g}, {args.epochs} epochs", flush=True)
-    best = 0
-    for epoch in range(args.epochs):
-        loader.set_epoch(epoch)
+    optimizer = optimizer(linear.parameters(), base_lr, momentum=0.9, weight_decay=0)
+    print(f"{args.backbone} ({d} features) on {args.data}: {len(train_set.images):,} images, {len(test_set.images):,} to "
+          f"test, {args.protocol}, {world} × {device.type}, batch {args.batch}, lr {base_lr:g}, {args.epochs} epochs")
+    for epoch in range(1, args.epochs + 1):
+        loader.set_epoch(epoch - 1)
         start, total = time.time(), torch.zeros((), device=device)
-        for step, (crops, labels) in enumerate(loader, epoch * steps):
+        for step, (crops, labels) in enumerate(loader, (epoch - 1) * steps):
             torch.manual_seed(hash((args.seed, step, rank)))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(step / (args.epochs * steps))
-            x = crops[:, 0] / 255
-            loss = F.cross_entropy(ddp(features(augment.flip(x) if args.flip else x)), labels)
+            optimizer.param_groups[0]["lr"] = learning_rate(args.protocol, step / (args.epochs * steps), base_lr)
+            x = augment.flip(crops[:, 0] / 255) if args.flip else crops[:, 0] / 255
+            loss = F.cross_entropy(ddp(features(backbone, x, args.bf16)), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.detach()
-
-        right = torch.zeros(3, dtype=torch.float64, device=device)  # among the first 1, among the first 5, all
-        with torch.no_grad():
-            for x, labels in test_loader:
-                hit = linear(features(x / 255)).topk(min(5, classes)).indices == labels[:, None]
-                right += torch.stack([hit[:, 0].sum(), hit.sum(), torch.tensor(len(hit), device=device)])
-        dist.all_reduce(right)
         dist.all_reduce(total)
-        top1, top5, _ = (100 * right / right[2]).tolist()
+        if not total.isfinite():
+            fail(f"the loss is {total.item()} in epoch {epoch}: lower --lr")
+        top1, top5, images = evaluate(backbone, linear, test_loader, args.bf16)
         best = max(best, top1)
-        say(f"epoch {epoch + 1:3d}/{args.epochs}  loss {total.item() / steps / world:.4f}  top-1 {top1:.2f} %  "
-            f"top-5 {top5:.2f} %  {time.time() - start:.0f} s", flush=True)
-        if not math.isfinite(total.item()):
-            fail(f"the loss is {total.item()}: lower --lr")
+        print(f"epoch {epoch:3d}/{args.epochs}  loss {total.item() / steps / world:.4f}  top-1 {top1:.2f} %  "
+              f"top-5 {top5:.2f} %  {time.time() - start:.0f} s")
 
     if not all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items()):
         fail("the backbone has changed: this result is not a linear evaluation")
-    result = dict(top1=round(top1, 3), top5=round(top5, 3), best_top1=round(best, 3), images=int(right[2]))
-    say(json.dumps(result | {key: value for key, value in vars(args).items() if key not in ("root", "recipe", "workers")}))
-    del ddp  # before its process group: with torch 2.11 the other order can wait for ever
-    dist.destroy_process_group()
+    result = dict(top1=round(top1, 3), top5=round(top5, 3), best_top1=round(best, 3), images=images)
+    print(json.dumps(result | {key: value for key, value in vars(args).items() if key not in ("root", "recipe", "workers")}))
+
+
+def main():
+    """Train, and end with one line where it is not this code's fault: no traceback, no process group left behind."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends, and costs the epoch under way
+    if sys.stdout:  # what a terminal cannot show must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        end = train(parse_args())
+    except SystemExit as error:
+        end = error.code
+    except OSError as error:  # no such data, a full disk; the last line, since a worker's error brings its traceback
+        end = f"{Path(__file__).name}: {(str(error) or repr(error)).splitlines()[-1]}"
+    if dist.is_initialized():  # train()'s DDP is gone by now: with torch 2.11 the other order can wait for ever
+        dist.destroy_process_group()
+    sys.exit(end)
 
 
 if __name__ == "__main__":
-    try:
-        train(parse_args())
-    except OSError as error:  # a disk that is full or gone; the last line, since a worker's error brings its traceback
-        sys.exit(f"{Path(__file__).name}: {(str(error) or repr(error)).splitlines()[-1]}")
+    main()
