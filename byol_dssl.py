@@ -1,14 +1,14 @@
 """BYOL, and what DSSL makes of it: heavy augmentations help, even those that break it.
 
 Two standard views (SV) of an image learn from each other, SV ↔ SV. A heavy view (HV, marked `hat`) is derived from
-one SV, only ever learns from that SV, and is never a target itself: SV ← HV.
+one SV, only ever learns from that SV, and is never a target itself: SV ← HV (arrows point at what is learnt from).
 
     python byol_dssl.py                                               letters and digits, on any machine, in minutes
     python byol_dssl.py --data cifar10 --weights 1 0 0 0              plain BYOL on CIFAR-10
     torchrun --nproc_per_node=8 byol_dssl.py --data imagenet          DSSL on ImageNet
 
 BYOL: arXiv 2006.07733.   DSSL: "Directional Self-supervised Learning for Heavy Image Augmentations", CVPR 2022.
-Dimensions: b images on this rank, v views, c channels, h × w pixels, d features, q queries, n bank, k neighbours.
+Dimensions: b images on this rank, v views, c channels, h × w pixels, d features.
 """
 import argparse
 import copy
@@ -62,10 +62,13 @@ def dssl_loss(p, z, p_hat=None, z_hat=None, weights=(1, 0, 1, 0)):
     return loss
 
 
+# the weights that leave one term alone
+TERMS = {"SV ↔ SV": (1, 0, 0, 0), "HV ↔ HV": (0, 1, 0, 0), "SV ← HV": (0, 0, 1, 0), "HV ← SV": (0, 0, 0, 1)}
+
 # ------------------------------------------------------------------------------------------------- model
 
 def make_backbone(arch, stem):
-    """torchvision's ResNet without fc, (b, 3, h, w) → (b, d), and its d. Key names and shapes are torchvision's.
+    """torchvision's ResNet without fc, (b, 3, h, w) → (b, d), and its d. Key names are torchvision's.
 
     stem "cifar", for images of 32 px or so: the first convolution is 3 × 3 with stride 1, and there is no max-pool.
     "small" is our own: four basic blocks of 32 to 256 channels behind a 3 × 3 convolution with stride 2, for CPUs.
@@ -74,11 +77,10 @@ def make_backbone(arch, stem):
         net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
         net.conv1, net.bn1, net.maxpool = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.Identity()
         net.inplanes, d = 32, 256
-        for i, width in enumerate((32, 64, 128, 256)):
-            layer = net._make_layer(models.resnet.BasicBlock, width, 1, stride=1 if i == 0 else 2)
-            setattr(net, f"layer{i + 1}", layer)
+        net.layer1, net.layer2, net.layer3, net.layer4 = (
+            net._make_layer(models.resnet.BasicBlock, c, 1, s) for c, s in ((32, 1), (64, 2), (128, 2), (256, 2)))
     else:
-        net = getattr(models, arch)(zero_init_residual=stem == "imagenet")  # each block starts as the identity
+        net = getattr(models, arch)(zero_init_residual=stem == "imagenet")  # there each block starts as the identity
         d = net.fc.in_features
         if stem == "cifar":
             net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -115,28 +117,29 @@ class BYOL(nn.Module):
 
     @torch.no_grad()
     def update_target(self, ema):
-        """After the optimizer's step: target ← ema · target + (1 - ema) · online. Parameters only: BN sees its batch."""
-        for target, online in zip(self.target.parameters(), [*self.backbone.parameters(), *self.projector.parameters()]):
+        """After a step: target ← ema · target + (1 - ema) · online. Parameters alone: BN sees its batch."""
+        for target, online in zip(self.target.parameters(), nn.Sequential(self.backbone, self.projector).parameters()):
             target.lerp_(online, 1 - ema)
 
 
 # ------------------------------------------------------------------------------------------------- recipes
-# --data names a column, and any flag overrides its entry. CIFAR-10 and ImageNet: optimizer and
-# schedule are SimSiam's, as DSSL has it (§4.1), the heads BYOL's, ema the released code's. Glyphs: found by trial.
+# --data names a column, any flag overrides its entry. Glyphs: found by trial, for a few minutes on two CPU cores.
+# CIFAR-10 and ImageNet: optimizer and schedule are SimSiam's (§4.1 of DSSL), heads BYOL's, ema by released code.
 
-ARCHS, MANY = ["small", "resnet18", "resnet34", "resnet50", "resnet101"], 1e9
-RECIPES = {  # flag: for glyphs, cifar10 and imagenet; what it may be: one of a list, or from, to; what it is
-    "arch": ("small", "resnet18", "resnet50", ARCHS, "backbone"),
+MANY = 1e9  # and not infinity, which no flag may be
+DATA = ("glyphs", "cifar10", "imagenet")
+RECIPES = {  # flag: (glyphs, cifar10, imagenet, allowed: a list or (low, high), help)
+    "arch": ("small", "resnet18", "resnet50", ["small", "resnet18", "resnet34", "resnet50", "resnet101"], "backbone"),
     "stem": ("cifar", "cifar", "imagenet", ["cifar", "imagenet"], "3 × 3 and no max-pool, or 7 × 7 and max-pool"),
     "size": (24, 32, 224, (8, 10_000), "pixels a side of a view"),
-    "crop": (0.2, 0.2, 0.2, (0.01, 1), "smallest crop, as a share of the image's area"),
+    "crop": (0.6, 0.2, 0.2, (0.01, 1), "smallest crop, as a share of the image's area"),
     "flip": (False, True, True, None, "mirror SVs at random"),
     "blur": (False, False, True, None, "blur SVs at random"),
-    "heavy": ("ra(2,5)", "ra(2,5)", "0.9*ra(2,5)|0.1*jigsaw(4)", None,
+    "heavy": ("ra(2,1)", "ra(2,5)", "0.9*ra(2,5)|0.1*jigsaw(4)", None,
               "SV → HV: ra(n,m), ra(n,m,paper), ua, jigsaw(n); a+b: one, then the other; 0.9*a|0.1*b: either"),
-    "batch": (64, 512, 512, (2, MANY), "images a step, over all ranks"),
+    "batch": (32, 512, 512, (2, MANY), "images a step, over all ranks"),
     "epochs": (6, 800, 100, (1, MANY), "passes over the images"),
-    "lr": (0.12, 0.03, 0.05, (0, MANY), "learning rate for a batch of 256; it scales with the batch"),
+    "lr": (0.18, 0.03, 0.05, (0, MANY), "learning rate for a batch of 256; it scales with the batch"),
     "wd": (5e-4, 5e-4, 1e-4, (0, MANY), "weight decay"),
     "warmup": (0.5, 0.0, 0.0, (0, MANY), "epochs of linear warm-up before the cosine"),
     "k": (50, 200, 200, (1, MANY), "neighbours of the kNN monitor"),
@@ -146,13 +149,11 @@ RECIPES = {  # flag: for glyphs, cifar10 and imagenet; what it may be: one of a 
     "ema": (0.99, 0.99, 0.99, (0, 1), "momentum of the target network"),
     "ema_cosine": (False, False, False, None, "raise the momentum to 1, as the BYOL paper does"),
 }
-DATA = ("glyphs", "cifar10", "imagenet")
-FREE = ("data", "recipe", "root", "out", "workers", "compile", "k", "knn_every")  # change nothing that is learnt
-TERMS = {"SV ↔ SV": (1, 0, 0, 0), "HV ↔ HV": (0, 1, 0, 0), "SV ← HV": (0, 0, 1, 0), "HV ← SV": (0, 0, 0, 1)}  # Eq. 6
+FREE = ("data", "root", "out", "workers", "compile", "k", "knn_every")  # what may change when a run goes on
 
 
 def fail(message):
-    """End with one line that says what to change, printed once a machine, and an exit code that is not 0."""
+    """End with one line that says what to change, printed once a machine."""
     sys.exit(f"{Path(__file__).name}: {message}" if os.environ.get("LOCAL_RANK", "0") in ("", "0") else 1)
 
 
@@ -162,55 +163,56 @@ def place():
     numbers = [os.environ.get(key, "") for key in keys[:3]]
     if any(numbers) and not (all(map(str.isdecimal, numbers)) and all(os.environ.get(key) for key in keys)):
         fail(f"{', '.join(keys)} are set in part, or not to numbers: start with torchrun, or unset them")
-    return [int(number or alone) for number, alone in zip(numbers, (0, 1, 0))]
+    return [int(number or default) for number, default in zip(numbers, (0, 1, 0))]
 
 
 def parse_args(argv=None):
     """The complete settings, or an exit with one line that says what to change."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error, add, boolean = fail, parser.add_argument, argparse.BooleanOptionalAction
+    parser.error = fail  # one line, no usage
+    add, boolean = parser.add_argument, argparse.BooleanOptionalAction
     add("--data", default="glyphs", help="glyphs (default), cifar10, imagenet, or the path of a folder of images")
     add("--recipe", choices=DATA, help="whose settings to take, where not those of --data; a folder needs it")
     add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it (default: data)")
     add("--weights", nargs=4, type=float, default=[1.0, 0.0, 1.0, 0.0], help="of Eq. 6 (default: 1 0 1 0, DSSL)")
-    add("--pairs", type=int, default=1, help="pairs of SVs an image; 2 with --weights 1 0 0 0 costs what DSSL does")
-    add("--hv-from", choices=["sv", "image"], default="sv", help="make HVs of their own SVs (default) or of fresh ones")
-    add("--out", help="folder to write into, and to go on from (default: under runs/, named by the flags)")
+    add("--pairs", type=int, default=1, help="pairs of SVs an image, whose losses are summed; 2 cost what DSSL does")
+    add("--hv-from", choices=["sv", "image"], default="sv", help="make HVs of the SVs they learn from or of fresh ones")
+    add("--out", help="folder to write into, and to go on from (default: under runs/, named by the command)")
     add("--seed", type=int, default=0, help="of all that is random (default: 0)")
     add("--workers", type=int, default=8, help="processes a rank that read streamed images (default: 8)")
     add("--bf16", action=boolean, help="compute in bfloat16 (default: on GPUs that can)")
     add("--compile", action="store_true", help="torch.compile the backbone, for one GPU (SyncBN breaks the graph)")
-    recipe = parser.add_argument_group("recipe", "the defaults are those of --data")
-    for key, (default, _, _, allowed, meaning) in RECIPES.items():
-        value = dict(type=type(default), choices=allowed if isinstance(allowed, list) else None)
-        value = dict(action=boolean) if isinstance(default, bool) else value
-        recipe.add_argument("--" + key.replace("_", "-"), help=meaning, **value)
+    recipe = parser.add_argument_group("recipe", f"defaults for {', '.join(DATA)}")
+    for key, (*defaults, allowed, meaning) in RECIPES.items():
+        choices, kind = allowed if isinstance(allowed, list) else None, type(defaults[0])
+        how = dict(action=boolean) if kind is bool else dict(type=kind, choices=choices)
+        recipe.add_argument("--" + key.replace("_", "-"), help=f"{meaning} ({', '.join(map(str, defaults))})", **how)
     args = parser.parse_args(argv)
 
     args.recipe = args.recipe or args.data
     if args.recipe not in DATA:
         fail(f"--data {args.data} is none of {', '.join(DATA)}: for a folder, add --recipe with one of them")
-    given = {key: value for key, value in vars(args).items() if value != parser.get_default(key) and key not in FREE}
-    given = f"{Path(__file__).stem} {Path(args.data).name} {given}"
-    args.out = args.out or "runs/" + re.sub(r"[^\w.+]+", "-", given).strip("-")  # a folder for each set of flags
+    name = " ".join([Path(__file__).stem, *(sys.argv[1:] if argv is None else argv)])  # a folder for each command
+    args.out = args.out or "runs/" + re.sub(r"[^\w.+]+", "-", name).strip("-")
     for key, row in RECIPES.items():
-        setattr(args, key, row[DATA.index(args.recipe)] if getattr(args, key) is None else getattr(args, key))
-    args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if args.bf16 is None else args.bf16
+        if getattr(args, key) is None:
+            setattr(args, key, row[DATA.index(args.recipe)])
+    if args.bf16 is None:
+        args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
 
     ranges = {key: row[3] for key, row in RECIPES.items() if isinstance(row[3], tuple)}
     for key, (low, high) in (ranges | dict(pairs=(1, 100), seed=(0, 2**63 - 1), workers=(0, 1000))).items():
         if not low <= getattr(args, key) <= high:
             fail(f"--{key.replace('_', '-')} must be from {low:g} to {high:g}, not {getattr(args, key)}")
-    (_, world, local), gpus = place(), torch.cuda.device_count()
-    for good, message in (
-        (any(args.weights) and all(0 <= w < MANY for w in args.weights), "--weights: 0 or more, not all 0"),
-        (args.batch % world == 0 and args.batch >= 2 * world,
-         f"--batch {args.batch} does not divide by the {world} ranks into 2 or more images each"),
-        (args.warmup < args.epochs, f"--warmup {args.warmup:g} is not shorter than --epochs {args.epochs}"),
-        (local < gpus or not gpus, f"more processes than the {gpus} GPUs here: lower --nproc_per_node"),
-    ):
-        if not good:
-            fail(message)
+    (_, world, _), gpus = place(), torch.cuda.device_count()
+    if not any(args.weights) or not all(0 <= w < MANY for w in args.weights):
+        fail("--weights must be 0 or more, and not all 0")
+    if args.batch % world or args.batch < 2 * world:
+        fail(f"--batch {args.batch} does not divide by the {world} ranks into 2 or more images each")
+    if args.warmup >= args.epochs:
+        fail(f"--warmup {args.warmup:g} is not shorter than --epochs {args.epochs}")
+    if gpus and int(os.environ.get("LOCAL_WORLD_SIZE") or 1) > gpus:
+        fail(f"more processes than the {gpus} GPUs here: lower --nproc_per_node")
     try:
         augment.parse_policy(args.heavy, args.size)
     except ValueError as error:
@@ -226,8 +228,8 @@ def knn_predict(query, bank, labels, classes, k=200, t=0.1):
     query (q, d), bank (n, d), labels (n,) in [0, classes) → (q,) labels. The k nearest rows of the bank (all of them,
     where it has fewer) vote for their labels, each with weight exp(similarity / t).
     """
-    bank, out = F.normalize(bank, dim=1), []
-    for part in F.normalize(query, dim=1).split(256):  # so that the full q × n similarities are never in memory
+    bank, out = F.normalize(bank, dim=1, eps=1e-6), []  # half precision has no smaller eps
+    for part in F.normalize(query, dim=1, eps=1e-6).split(256):  # so that no q × n similarities are in memory
         similarity, nearest = (part @ bank.T).float().topk(min(k, len(bank)))
         votes = torch.zeros(len(part), classes, device=part.device)
         out.append(votes.scatter_add_(1, labels[nearest], (similarity / t).exp()).argmax(1))
@@ -238,17 +240,18 @@ def knn_predict(query, bank, labels, classes, k=200, t=0.1):
 def features(backbone, loader, bf16):
     """Features (n, d), BN in eval mode, and labels (n,) of this rank's share of the images."""
     out = []
+    backbone.eval()
     for x, labels in loader:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            x = backbone.eval()(augment.normalize(x / 255))
-        out.append((x.half() if x.is_cuda else x.float(), labels))  # ImageNet's bank takes 5 GB in half precision
+            y = backbone(augment.normalize(x / 255))
+        out.append((y.half() if y.is_cuda else y.float(), labels))  # ImageNet's bank takes 5 GB in half precision
     backbone.train()
     return [torch.cat(parts) for parts in zip(*out)]
 
 
 def gather(x):
     """(b, …) on each rank → (world · b, …) on every rank, without gradient."""
-    if dist.get_world_size() == 1:  # gloo would copy on a thread of its own, and torch's threads be slower ever after
+    if dist.get_world_size() == 1:  # on CPU gloo would copy on a thread of its own, and slow torch's down for good
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x)
@@ -258,9 +261,10 @@ def gather(x):
 def knn_accuracy(backbone, bank_loader, query_loader, classes, k=200, bf16=False):
     """kNN top-1 in percent over the queries of all ranks, which must hold the same weights and BN statistics."""
     bank, labels = map(gather, features(backbone, bank_loader, bf16))
+    bank, labels = bank[labels >= 0], labels[labels >= 0]  # below 0: no image
     query, truth = features(backbone, query_loader, bf16)
-    predicted = knn_predict(query, bank[labels >= 0], labels[labels >= 0], classes, k)  # below 0: no image
-    count = torch.stack([(predicted == truth).sum(), (truth >= 0).sum()])
+    right = knn_predict(query, bank, labels, classes, k) == truth
+    count = torch.stack([right.sum(), (truth >= 0).sum()])
     dist.all_reduce(count)
     return 100 * count[0].item() / count[1].item()
 
@@ -275,7 +279,7 @@ def join(rank, world, local):
         torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try what is fastest for it
     alone = dict(store=dist.HashStore(), rank=0, world_size=1) if world == 1 else {}
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # one rank speaks for all
+    sys.stdout = sys.stdout if rank == 0 else None  # one rank prints for all
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
@@ -294,7 +298,7 @@ def write(path, content):
         raise OSError(f"cannot write {path} ({error.strerror}); what was there before is still there") from None
 
 
-def resume(out, settings):
+def load_checkpoint(out, settings):
     """The state of the run in this folder, or None where there is none yet. Fails where it is another run's."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "checkpoint.pt").exists():
@@ -322,30 +326,30 @@ def train(args):
     # data
     rank, world, local = place()
     train_set, test_set = augment.load_data(args.data, args.root, args.size, download=world == 1)
-    images = [len(s.images) if s else 0 for s in (train_set, test_set)]
-    if args.batch > images[0]:
-        fail(f"--batch {args.batch} is larger than the {images[0]} training images: lower it")
+    counts = [len(data.images) if data else 0 for data in (train_set, test_set)]
+    if args.batch > counts[0]:
+        fail(f"--batch {args.batch} is larger than the {counts[0]} training images: lower it")
 
     # the run in --out, if there is one, goes on; rank 0 alone reads and writes there
-    out, settings = Path(args.out).expanduser(), {"script": Path(__file__).stem, "images": images}
+    out, settings = Path(args.out).expanduser(), {"script": Path(__file__).stem, "images": counts}
     settings |= {key: value for key, value in vars(args).items() if key not in FREE}
-    shared = [resume(out, settings) if rank == 0 else None, images]
+    message = [load_checkpoint(out, settings) if rank == 0 else None, settings]
     device = join(rank, world, local)
     if world > 1:
-        dist.broadcast_object_list(shared, device=torch.device("cpu"))
-    state, theirs = shared
-    if images != theirs:
-        fail(f"the first rank has {theirs} training and test images, this one {images}: give all the same data")
+        dist.broadcast_object_list(message, device=torch.device("cpu"))
+    state, theirs = message
+    if settings != theirs:
+        fail(f"rank {rank} has {settings}, and rank 0 has {theirs}: start all with the same flags and data")
     history = state["history"] if state else []  # an entry an epoch, the lines of log.jsonl
 
     # views
     alpha, beta, gamma, delta = args.weights
     use_sv, use_hv, n = bool(alpha or gamma or delta), bool(beta or gamma or delta), 2 * args.pairs
-    crops = 2 * n if use_sv and use_hv and args.hv_from == "image" else n  # then HVs start from SVs of their own
+    crops = 2 * n if use_sv and use_hv and args.hv_from == "image" else n  # then HVs start from fresh SVs
     heavy = augment.parse_policy(args.heavy, args.size)
     share = dict(rank=rank, world=world, device=device, workers=args.workers)
     loader = augment.TrainLoader(train_set, args.batch, crops, args.size, (args.crop, 1), args.seed, **share)
-    monitor = [augment.EvalLoader(s, 256, args.size, **share) for s in (train_set, test_set) if test_set]
+    monitor = [augment.EvalLoader(data, 256, args.size, **share) for data in (train_set, test_set)] if test_set else []
 
     # model
     torch.manual_seed(args.seed)
@@ -355,7 +359,7 @@ def train(args):
     if args.compile:
         model.backbone.compile()
     ddp = nn.parallel.DistributedDataParallel(model)
-    ddp.broadcast_buffers = False  # not before every forward: once an epoch will do
+    ddp.broadcast_buffers = False  # once an epoch will do; the argument of this name is deprecated
     base_lr, steps = args.lr * args.batch / 256, len(loader)
     optimizer = torch.optim.SGD(model.parameters(), base_lr, momentum=0.9, weight_decay=args.wd)
     if state:
@@ -363,11 +367,11 @@ def train(args):
         optimizer.load_state_dict(state["optimizer"])
 
     used = {term: weight for term, weight in zip(TERMS, args.weights) if weight}
-    words = " + ".join(f"{weight:g} {term}" for term, weight in used.items()) + f", {args.pairs} pairs" * (args.pairs > 1)
-    print(f"{settings['script']} on {args.data} ({images[0]:,} images), recipe {args.recipe}: {words}, heavy {args.heavy}\n"
-          f"{args.arch} at {args.size} px, batch {args.batch}, lr {base_lr:g}, {args.epochs} epochs of {steps} steps, "
-          f"{world} × {device.type}, into {out}" + "; no labels, so no kNN monitor" * (not monitor)
-          + f"\ngoing on after epoch {len(history) - 1}" * bool(history))
+    words = " + ".join(f"{weight:g} {term}" for term, weight in used.items())
+    print(f"{settings['script']} on {args.data} ({counts[0]:,} images): {words}, pairs {args.pairs}",
+          f"heavy {args.heavy}" if use_hv else "no HVs", "with kNN" if monitor else "no labels, so no kNN", sep=", ")
+    print(f"{args.arch} at {args.size} px, batch {args.batch}, lr {base_lr:g}, {args.epochs} epochs of {steps} steps, "
+          f"{world} × {device.type}, into {out}", f"after epoch {len(history) - 1}" if history else "")
     for epoch in range(len(history), args.epochs + 1):  # epoch 0 trains nothing: it measures the untrained network
         loader.set_epoch(epoch - 1)
         sums, start = torch.zeros(2 + len(used), dtype=torch.float64, device=device), time.time()  # loss, std, terms
@@ -377,7 +381,7 @@ def train(args):
             lr = learning_rate(step, args.epochs * steps, args.warmup * steps, base_lr)
             optimizer.param_groups[0]["lr"] = lr
 
-            # the first m SVs are forwarded, the last m made heavy: the same ones, unless crops were made for both
+            # SVs are the first m; HVs come from the last m, which are the first m unless there are fresh ones for them
             sv = augment.standard(rearrange(batch, "b v c h w -> (v b) c h w"), args.flip, args.blur)
             m = n * len(batch)
             v = augment.normalize(sv[:m]).chunk(n) if use_sv else ()
@@ -389,8 +393,9 @@ def train(args):
 
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 outputs, z = ddp(v, v_hat)
-            pairs = [[o[k : k + 2] for o in outputs] for k in range(0, n, 2)]  # of each pair what dssl_loss takes
-            terms = [sum(dssl_loss(*pair, weights=TERMS[term]) for pair in pairs) for term in used]  # each for the log
+            pairs = [[o[k : k + 2] for o in outputs] for k in range(0, n, 2)]  # what dssl_loss takes
+            terms = [  # each alone, for the log
+                sum(dssl_loss(*pair, weights=TERMS[term]) for pair in pairs) for term in used]
             loss = sum(weight * term for weight, term in zip(used.values(), terms))
             optimizer.zero_grad()
             loss.backward()
@@ -398,7 +403,7 @@ def train(args):
             rise = (1 + math.cos(math.pi * step / (args.epochs * steps))) / 2 if args.ema_cosine else 1
             model.update_target(1 - (1 - args.ema) * rise)
 
-            with torch.no_grad():  # std: 1 in health, 0 in collapse
+            with torch.no_grad():  # std, of normalised projections, times √d: 1 in health, 0 in collapse
                 std = F.normalize(z.float(), dim=-1).std(1).mean() * z.shape[-1] ** 0.5
                 sums += torch.stack([loss, std, *terms])
             if i % 10 == 0 and sys.stdout and sys.stdout.isatty():
@@ -431,13 +436,13 @@ def train(args):
             backbone = {key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}
             write(out / "backbone.pt", backbone)
             write(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-            write(out / "checkpoint.pt", state | dict(settings=settings, history=history))
+            write(out / "checkpoint.pt", dict(
+                settings=settings, history=history, model=model.state_dict(), optimizer=optimizer.state_dict()))
 
     print(f"the backbone is in {out}/backbone.pt")
     if monitor:
         print("its linear evaluation:", shlex.join([
-            "python", f"{Path(__file__).with_name('linear_eval.py')}", f"{out}/backbone.pt", "--data", args.data,
+            "python", str(Path(__file__).with_name("linear_eval.py")), f"{out}/backbone.pt", "--data", args.data,
             "--root", args.root, "--recipe", args.recipe, "--size", f"{args.size}"]))
 
 

@@ -37,7 +37,7 @@ PROTOCOLS = {  # an optimizer, its schedule and their settings; lr is for a batc
 
 
 def make_backbone(arch, stem):
-    """torchvision's ResNet without fc, (b, 3, h, w) → (b, d), and its d. Key names and shapes are torchvision's.
+    """torchvision's ResNet without fc, (b, 3, h, w) → (b, d), and its d. Key names are torchvision's.
 
     stem "cifar", for images of 32 px or so: the first convolution is 3 × 3 with stride 1, and there is no max-pool.
     "small" is our own: four basic blocks of 32 to 256 channels behind a 3 × 3 convolution with stride 2, for CPUs.
@@ -46,11 +46,10 @@ def make_backbone(arch, stem):
         net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
         net.conv1, net.bn1, net.maxpool = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.Identity()
         net.inplanes, d = 32, 256
-        for i, width in enumerate((32, 64, 128, 256)):
-            layer = net._make_layer(models.resnet.BasicBlock, width, 1, stride=1 if i == 0 else 2)
-            setattr(net, f"layer{i + 1}", layer)
+        net.layer1, net.layer2, net.layer3, net.layer4 = (
+            net._make_layer(models.resnet.BasicBlock, c, 1, s) for c, s in ((32, 1), (64, 2), (128, 2), (256, 2)))
     else:
-        net = getattr(models, arch)(zero_init_residual=stem == "imagenet")  # each block starts as the identity
+        net = getattr(models, arch)(zero_init_residual=stem == "imagenet")  # there each block starts as the identity
         d = net.fc.in_features
         if stem == "cifar":
             net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -78,7 +77,7 @@ class LARS(torch.optim.SGD):
 
 
 def fail(message):
-    """End with one line that says what to change, printed once a machine, and an exit code that is not 0."""
+    """End with one line that says what to change, printed once a machine."""
     sys.exit(f"{Path(__file__).name}: {message}" if os.environ.get("LOCAL_RANK", "0") in ("", "0") else 1)
 
 
@@ -88,7 +87,7 @@ def place():
     numbers = [os.environ.get(key, "") for key in keys[:3]]
     if any(numbers) and not (all(map(str.isdecimal, numbers)) and all(os.environ.get(key) for key in keys)):
         fail(f"{', '.join(keys)} are set in part, or not to numbers: start with torchrun, or unset them")
-    return [int(number or alone) for number, alone in zip(numbers, (0, 1, 0))]
+    return [int(number or default) for number, default in zip(numbers, (0, 1, 0))]
 
 
 def join(rank, world, local):
@@ -99,7 +98,7 @@ def join(rank, world, local):
         torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try what is fastest for it
     alone = dict(store=dist.HashStore(), rank=0, world_size=1) if world == 1 else {}
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # one rank speaks for all
+    sys.stdout = sys.stdout if rank == 0 else None  # one rank prints for all
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
@@ -178,7 +177,7 @@ def features(backbone, x, bf16):
 @torch.no_grad()
 def evaluate(backbone, linear, loader, bf16):
     """Top-1 and top-5 in percent over all images, and how many these are."""
-    right = torch.zeros(3, dtype=torch.float64, device=linear.weight.device)  # among the first 1, among the first 5, all
+    right = torch.zeros(3, dtype=torch.float64, device=linear.weight.device)  # among the first, the first 5, all
     for x, labels in loader:
         hit = linear(features(backbone, x / 255, bf16)).topk(min(5, linear.out_features)).indices == labels[:, None]
         right += torch.stack([hit[:, 0].sum(), hit.sum(), (labels >= 0).sum()])  # a label below 0: no image
@@ -210,8 +209,8 @@ def train(args):
     base_lr, steps, best = args.lr * args.batch / 256, len(loader), 0
     optimizer = LARS if args.protocol == "lars" else torch.optim.SGD
     optimizer = optimizer(linear.parameters(), base_lr, momentum=0.9, weight_decay=0)
-    print(f"{args.backbone} ({d} features) on {args.data}: {len(train_set.images):,} images, {len(test_set.images):,} to "
-          f"test, {args.protocol}, {world} × {device.type}, batch {args.batch}, lr {base_lr:g}, {args.epochs} epochs")
+    print(f"{args.backbone} ({d} features) on {args.data}: {len(train_set.images):,} images, {len(test_set.images):,} "
+          f"to test; {args.protocol}, {world} × {device.type}, batch {args.batch}, lr {base_lr:g}, {args.epochs} epochs")
     for epoch in range(1, args.epochs + 1):
         loader.set_epoch(epoch - 1)
         start, total = time.time(), torch.zeros((), device=device)
@@ -235,7 +234,8 @@ def train(args):
     if not all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items()):
         fail("the backbone has changed: this result is not a linear evaluation")
     result = dict(top1=round(top1, 3), top5=round(top5, 3), best_top1=round(best, 3), images=images)
-    print(json.dumps(result | {key: value for key, value in vars(args).items() if key not in ("root", "recipe", "workers")}))
+    settings = {key: value for key, value in vars(args).items() if key not in ("root", "recipe", "workers")}
+    print(json.dumps(result | settings))
 
 
 def main():

@@ -2,8 +2,8 @@
 
     python .ci/bench.py views                  views from pixels in memory, against Pillow + torchvision and kornia
     python .ci/bench.py stream --images DIR    reading image files, against the four-view Pillow pipeline and decoding
-    python .ci/bench.py step                   the training step: share of data, views and log; and of the matrix peak
-                                               (a GPU by itself; under torchrun each has that batch, and SyncBN)
+    python .ci/bench.py step                   a real run's logged rate against its step on ready tensors, in turns; on a
+                                               GPU the share of the matrix peak (under torchrun each rank has that batch)
     python .ci/bench.py knn                    the kNN monitor's search
     python .ci/bench.py memory                 peak on a GPU; anywhere, what the four views' activations must take
 
@@ -11,18 +11,19 @@ kornia is compared with where it is installed (pip install kornia).
 """
 import argparse
 import importlib.util
+import json
 import os
 import random
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from einops import rearrange
 from PIL import Image, ImageFilter
 from torchvision import transforms as T
 from torchvision.transforms.functional import to_pil_image
@@ -194,73 +195,77 @@ def knn(args):
         print(f"kNN: {q:,} queries, bank {n:,} × {d}, k {k}: {t:.2f} s on {DEVICE.type}, {extra:,.0f} MiB beyond the features")
 
 
-def model_and_views(recipe, batch):
-    args = simsiam_dssl.parse_args(["--data", recipe, "--batch", str(batch)])
-    torch.manual_seed(0)
-    model = simsiam_dssl.SimSiam(args).to(DEVICE, memory_format=torch.channels_last)
-    return args, model
+def real(_, flags, images, out):
+    """What the user runs: train(), its monitor before the first step. Writes its log into out."""
+    if images is not None:
+        augment.load_data = lambda *_, **__: (augment.Data(images, torch.arange(len(images)) % 10, list("0123456789")),) * 2
+    simsiam_dssl.train(simsiam_dssl.parse_args([*flags, "--out", out]))
+    dist.destroy_process_group()
+
+
+def bare(flags, steps):
+    """Images a second of the training step alone, on views that are ready."""
+    settings = simsiam_dssl.parse_args(flags)
+    model = simsiam_dssl.SimSiam(settings).to(DEVICE, memory_format=torch.channels_last)
+    if settings.compile:
+        model.backbone.compile()
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    ddp.broadcast_buffers = False
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=settings.wd)
+    views = [torch.rand(settings.batch, 3, settings.size, settings.size, device=DEVICE) for _ in range(4)]
+
+    def learn():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=settings.bf16):
+            outputs, _ = ddp(tuple(views[:2]), tuple(views[2:]))
+        loss = simsiam_dssl.dssl_loss(*outputs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    seconds(learn, 10)
+    return settings.batch / seconds(learn, steps)
 
 
 def step(args):
-    rank, world, _ = simsiam_dssl.join()
-    sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
-    for recipe, batch in (("cifar10", 512), ("imagenet", 64)) if CUDA else (("glyphs", 64),):
-        settings, model = model_and_views(recipe, batch)
-        if CUDA and world > 1:
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if args.compile:
-            model.backbone.compile()
-        ddp = torch.nn.parallel.DistributedDataParallel(model)
-        ddp.broadcast_buffers = False
-        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=settings.wd)
-        heavy, size = augment.parse_policy(settings.heavy), settings.size
-        data = augment.Data(pixels(4 * batch, size, args.images), None, [])
-        loader = augment.TrainLoader(data, batch, 2, size, (0.2, 1), device=DEVICE)
-        meters = torch.zeros(4, dtype=torch.float64, device=DEVICE)
-
-        def make(crops):
-            sv = augment.standard(rearrange(crops, "b v c h w -> (v b) c h w"), settings.flip, settings.blur)
-            return augment.normalize(sv).chunk(2), tuple(augment.normalize(x) for x in heavy(sv).chunk(2))
-
-        def learn(v, v_hat):
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
-                outputs, z = ddp(v, v_hat)
-            loss = simsiam_dssl.dssl_loss(*outputs)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return outputs, loss, z
-
-        def whole():
-            for crops, _ in loader:
-                outputs, loss, z = learn(*make(crops))
-                with torch.no_grad():
-                    std = F.normalize(z.float(), dim=-1).std(1).mean() * z.shape[-1] ** 0.5
-                    terms = [simsiam_dssl.dssl_loss(*outputs, weights=w) for w in ((1, 0, 0, 0), (0, 0, 1, 0))]
-                    meters.add_(torch.stack([loss, std, *terms]))
-                dist.all_reduce(torch.tensor([0, 0]))
-
-        ready = make(next(iter(loader))[0])
-
-        def bare():
-            for _ in range(len(loader)):
-                learn(*ready)
-
-        times = compare({"step on ready tensors": bare, "data + views + step + log": whole}, args.rounds)
-        show(f"{recipe}: {settings.arch} at {size} px, batch {batch}, four views, {DEVICE.type}"
-             + ", compiled" * args.compile, times, batch * len(loader), "images", "step on ready tensors")
+    rank, world, local = simsiam_dssl.place()
+    if world == 1:
+        simsiam_dssl.join(rank, world, local)
+    for recipe, batch in (("cifar10", 512), ("imagenet", 64)) if CUDA else (("glyphs", None),):
+        flags = ["--data", recipe, "--epochs", "2" if CUDA else "1", "--warmup", "0"] + ["--compile"] * args.compile
+        flags += ["--batch", str(batch * world)] if batch else []
+        size = simsiam_dssl.parse_args(flags).size
+        images = pixels(40 * batch * world, size, args.images) if batch else None  # glyphs: as they are
+        rates = {"a real run, as it logs": [], "its step on ready tensors": []}
+        for _ in range(args.rounds if world == 1 else 1):  # in turns
+            with tempfile.TemporaryDirectory() as out:
+                if world == 1:  # in a process of its own, so that what it does to this one's threads is not shared
+                    torch.multiprocessing.spawn(real, (flags, images, out))
+                else:
+                    out = f"runs/bench-{recipe}"
+                    real(0, flags, images, out)
+                log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+                rates["a real run, as it logs"].append(log[-1]["images_per_s"])
+            if world == 1:
+                rates["its step on ready tensors"].append(bare(flags, 40))
+        print(f"\n{' '.join(flags)}: {DEVICE.type}, {world} ranks, {args.threads} threads")
+        for name, values in rates.items():
+            if values:
+                print(f"  {name:34} {statistics.median(values):10,.0f} images/s")
         if CUDA:
             a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
             peak = 2 * 8192**3 / statistics.median(seconds(lambda: a @ b, 20) for _ in range(5))
             forward = {"cifar10": 1.11e9, "imagenet": 8.2e9}[recipe]
-            for name, t in times.items():
-                used = 3 * forward * 4 * batch * len(loader) / t
-                print(f"  {name:34} {100 * used / peak:.1f} % of {peak / 1e12:,.0f} Tflop/s")
+            for name, values in rates.items():
+                if values:
+                    print(f"  {name:34} {100 * 12 * forward * statistics.median(values) / world / peak:.1f} % of {peak / 1e12:,.0f} Tflop/s")
+        else:
+            print(f"  share {statistics.median(a / b for a, b in zip(*rates.values())):.2f}")
 
 
 def memory(args):
     for recipe, batch in (("cifar10", 512), ("imagenet", 64)):
-        settings, model = model_and_views(recipe, batch)
+        settings = simsiam_dssl.parse_args(["--data", recipe, "--batch", str(batch)])
+        model = simsiam_dssl.SimSiam(settings).to(DEVICE, memory_format=torch.channels_last)
         n = batch if CUDA else 4
         x = tuple(torch.rand(n, 3, settings.size, settings.size, device=DEVICE).to(memory_format=torch.channels_last)
                   for _ in range(4))
