@@ -694,7 +694,7 @@ def glyphs(n, size, seed):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=g)
 
-    turn, zoom, shear = uniform(-0.5, 0.5), uniform(0.6, 0.95), uniform(-0.45, 0.45)
+    turn, zoom, shear = uniform(-0.52, 0.52), uniform(0.6, 0.95), uniform(-0.455, 0.455)
     warp = torch.stack([turn.cos() * zoom, (shear - turn.sin()) * zoom, uniform(-0.25, 0.25),
                         turn.sin() * zoom, turn.cos() * zoom, uniform(-0.25, 0.25)], 1).view(n, 2, 3)
     grid = F.affine_grid(warp, (n, 1, 2 * size, 2 * size), align_corners=False)
