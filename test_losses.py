@@ -925,8 +925,7 @@ OPTIMIZERS = {
     ("simclr_dssl", "cifar10"): (0.06, 0.9, 5e-4, 0, 800, 512, "SGD"),
     ("simclr_dssl", "imagenet"): (0.6, 0.9, 1e-6, 10, 100, 512, "LARS"),
 }
-# parameters of the heads by name: shape; the heads' buffers are those of BN; what is not here must not be there
-L, B = "weight bias", "weight bias running_mean running_var"
+# Of the heads all there is, by name: a shape, or for BN its width, where 0 stands for one of 2048 without weight and bias.
 HEADS = {
     ("simsiam_dssl", "cifar10"): {
         "projector.0.weight": (2048, 512), "projector.1": 2048, "projector.3.weight": (2048, 2048), "projector.4": 0,
@@ -955,7 +954,7 @@ def test_heads_by_name_and_shape(script, data):
         model = getattr(m, MODELS[METHODS.index(m)])(m.parse_args(["--data", data]))
     expected = {}
     for name, shape in HEADS[script, data].items():
-        if isinstance(shape, int):  # BN; 0 stands for one of 2048 without weight and bias
+        if isinstance(shape, int):
             parts = ("weight", "bias") * bool(shape) + ("running_mean", "running_var")
             expected |= {f"{name}.{part}": (shape or 2048,) for part in parts}
         else:
@@ -1008,7 +1007,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("script, data", OPTIMIZERS)
 def test_optimizer_and_schedule(script, data, folder, tmp_path, monkeypatch):
-    """What the optimizer holds when it steps, over a run that has the recipe's settings but for its length and size."""
+    """What the optimizer holds when it steps, over a run that has the recipe's settings but for length, size and warm-up."""
     m, seen = {m.__name__: m for m in METHODS}[script], []
     base, momentum, wd, warmup, epochs, batch, kind = OPTIMIZERS[script, data]
     args = m.parse_args(["--data", data])
@@ -1024,13 +1023,13 @@ def test_optimizer_and_schedule(script, data, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", step)
     models = []
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model, real=nn.parallel.DistributedDataParallel: models.append(model) or real(model))
-    lr, warm = base * 256 / batch, 2 if warmup else 0
+    lr, warm = base * 256 / batch, 2
     run(m, folder, tmp_path, "--epochs", "5", "--warmup", str(warm), "--lr", str(lr), recipe=data)  # 15 steps of 12 images
     assert lr == pytest.approx(args.lr)
     rates, steps, peak = [entry[0] for entry in seen], 15, base * 12 / batch
     for i, rate in enumerate(rates):
-        t, w = i, 3 * warm
-        expected = peak * (t + 1) / w if t < w else peak * 0.5 * (1 + math.cos(math.pi * (t - w) / (steps - w)))
+        w = 3 * warm
+        expected = peak * (i + 1) / w if i < w else peak * 0.5 * (1 + math.cos(math.pi * (i - w) / (steps - w)))
         assert rate == pytest.approx(expected)
     assert len(rates) == steps
     assert {entry[1:] for entry in seen} == {(momentum, wd, kind, sum(p.numel() for p in models[0].parameters()))}
@@ -1075,7 +1074,7 @@ def test_target_follows_the_step(folder, tmp_path):
 def test_short_run(m, folder, tmp_path, capsys, monkeypatch):
     run(m, folder, tmp_path / "a")
     text = capsys.readouterr().out
-    assert "1 SV ↔ SV + 1 SV ← HV, pairs 1, heavy ra(2,1)" in text and f"{Path(m.__file__).with_name('linear_eval.py')}" in text
+    assert "1 SV ↔ SV + 1 SV ← HV, pairs 1, heavy ra(2,5)" in text and f"{Path(m.__file__).with_name('linear_eval.py')}" in text
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"checkpoint.pt", "backbone.pt", "log.jsonl", "views.png"}
     entries = log(tmp_path / "a")
     assert [entry["epoch"] for entry in entries] == [0, 1, 2] and all(0 <= entry["knn"] <= 100 for entry in entries)
