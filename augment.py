@@ -139,19 +139,10 @@ def posterize(x, v):
     return (level(x) / width).floor() * width / 255
 
 
-def solarize(x, v):
-    """Invert the levels from v on."""
-    return torch.where(level(x) >= column(v), 1 - x, x)
-
-
 def solarize_add(x, v):
     """Brighten all levels by v, then invert the upper half of the range."""
     x = (level(x) + column(v)).floor().clamp(max=255)
     return torch.where(x >= 128, 255 - x, x) / 255
-
-
-def contrast(x, v):
-    return blend(level(gray(x).mean((2, 3), keepdim=True)) / 255, x, v)
 
 
 def sharpness(x, v):
@@ -179,10 +170,10 @@ OPS = {
     "Invert": lambda x, v=None: 1 - x,
     "Rotate": rotate,  # degrees
     "Posterize": posterize,  # bits kept
-    "Solarize": solarize,  # threshold, 0–256
+    "Solarize": lambda x, v: torch.where(level(x) >= column(v), 1 - x, x),  # threshold, 0–256: inverted from it on
     "SolarizeAdd": solarize_add,  # levels, 0–110
     "Color": lambda x, v: blend(gray(x), x, v),  # this and the next three: factor, 1 is the identity
-    "Contrast": contrast,
+    "Contrast": lambda x, v: blend(level(gray(x).mean((2, 3), keepdim=True)) / 255, x, v),
     "Brightness": lambda x, v: (x * column(v)).clamp(0, 1),
     "Sharpness": sharpness,
     "ShearX": lambda x, v: affine(x, b=v),  # slope

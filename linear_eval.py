@@ -104,10 +104,10 @@ def join(rank, world, local):
 
 def load_backbone(path):
     """A state dict's file → (network in eval mode, features d). Raises OSError naming what does not fit."""
+    if not Path(path).is_file():
+        raise OSError(f"no file {path}: the backbone of a run is backbone.pt in its folder")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # garbage can make the unpickler raise anything
         raise OSError(f"{path} is no file of weights ({type(error).__name__})") from None
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
@@ -151,12 +151,9 @@ def parse_args(argv=None):
         defaults |= PROTOCOLS[args.protocol]
     vars(args).update({key: value for key, value in defaults.items() if getattr(args, key, None) is None})
     args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if args.bf16 is None else args.bf16
-    lowest = dict(size=8, batch=1, epochs=1, lr=0, seed=0, workers=0)
-    for key, low in lowest.items():
+    for key, low in dict(size=8, batch=1, epochs=1, lr=0, seed=0, workers=0).items():
         if not low <= getattr(args, key) < 2**63:
             fail(f"--{key} must be {low} or more, not {getattr(args, key)}")
-    if place()[1] > args.batch:
-        fail(f"--batch {args.batch} has no image for some of the {place()[1]} ranks")
     return args
 
 
@@ -193,7 +190,7 @@ def train(args):
         fail(f"--data {args.data} has no labels: linear evaluation needs train/<class>/ and val/<class>/")
     args.batch = min(args.batch, len(train_set.images)) // world * world  # a folder may be smaller than a batch
     if not args.batch:
-        fail(f"{world} ranks, but {len(train_set.images)} training images: use fewer ranks")
+        fail(f"--batch or the {len(train_set.images)} training images are fewer than the {world} ranks")
     device = join(rank, world, local)
     share = dict(rank=rank, world=world, device=device, workers=args.workers)
     loader = augment.TrainLoader(train_set, args.batch, 1, args.size, scale=(args.scale, 1), seed=args.seed, **share)

@@ -232,8 +232,7 @@ def parse_args(argv=None):
     for key, row in RECIPES.items():
         if getattr(args, key) is None:
             setattr(args, key, row[DATA.index(args.recipe)])
-    if args.bf16 is None:
-        args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if args.bf16 is None else args.bf16
 
     ranges = {key: row[3] for key, row in RECIPES.items() if isinstance(row[3], tuple)}
     for key, (low, high) in (ranges | dict(pairs=(1, 100), seed=(0, 2**63 - 1), workers=(0, 1000))).items():
@@ -373,8 +372,8 @@ def train(args):
     if world > 1:
         dist.broadcast_object_list(message, device=torch.device("cpu"))
     state, theirs = message
-    if settings != theirs:
-        fail(f"rank {rank} has {settings}, and rank 0 has {theirs}: start all with the same flags and data")
+    if odd := [key for key in settings if settings[key] != theirs[key]]:
+        fail(f"rank {rank} has other {', '.join(odd)} than rank 0: start all with the same flags and data")
     history = state["history"] if state else []  # an entry an epoch, the lines of log.jsonl
 
     # views
