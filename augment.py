@@ -671,7 +671,8 @@ def glyphs(n, size, seed):
     """n letters and digits, warped, tinted and noisy, drawn in memory: a data set that every machine has.
 
     36 classes. The ground says nothing about the class; only the figure does, and the warps hide its pixels well enough
-    that an untrained network finds few of them.
+    that an untrained network finds few of them. Images of a class differ in how they are turned and sheared, which
+    heavy views can teach a network to ignore, and standard views cannot.
     """
     g = torch.Generator().manual_seed(seed)
     classes, font = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), ImageFont.load_default(44)
@@ -730,7 +731,8 @@ def main():
         policies = {text: parse_policy(text, size) for text in args.heavy}
         x = [read_centre(path, size, size) for path in args.images] or glyphs(10, size, args.seed).images.unbind()
         x = torch.stack(x)
-        sv = standard(random_resized_crop(x, size), flips=bool(args.images), blur=size > RESIDENT)
+        crops = random_resized_crop(x, size, scale=(0.2 if args.images else 0.8, 1))  # as in the recipes
+        sv = standard(crops, flips=bool(args.images), blur=size > RESIDENT)
         rows = [("Original image", x / 255), ("Standard view", sv)]
         rows += [(f"+ {text}", heavy(sv)) for text, heavy in policies.items()]
         draw_views(rows, args.out, scale=max(1, 96 // size))

@@ -859,7 +859,7 @@ def refusal(function, *args):
 
 
 WRONG = """--weights 0 0 0 0|--weights 1 0 -1 0|--weights 1 0 1|--weights 1 0 1 0 1|--weights 1 0 x 0|--weights nan 0 0 0|--weights 1 0 inf 0
---batch 1|--batch 0|--batch x|--batch 2.5|--epochs 0|--epochs -3|--lr -1|--lr nan|--lr inf|--wd -1|--warmup 8|--size 4|--crop 0|--crop 1.1
+--batch 1|--batch 0|--batch x|--batch 2.5|--epochs 0|--epochs -3|--lr -1|--lr nan|--lr inf|--wd -1|--warmup 5|--size 4|--crop 0|--crop 1.1
 --pairs 0|--hv-from nowhere|--data nowhere|--recipe nowhere|--arch resnet19|--stem big|--k 0|--knn-every 0|--workers -1
 --heavy nothing|--heavy ra(2)|--heavy ra(2,99)|--heavy jigsaw(13)|--heavy 0.9*ra(2,5)|--seed -1|--dim 0|--nonsense 1
 nonsense|--flip yes|--batch""".replace("\n", "|").split("|")
@@ -1074,7 +1074,7 @@ def test_target_follows_the_step(folder, tmp_path):
 def test_short_run(m, folder, tmp_path, capsys, monkeypatch):
     run(m, folder, tmp_path / "a")
     text = capsys.readouterr().out
-    assert "1 SV ↔ SV + 1 SV ← HV, pairs 1, heavy ra(2,5)" in text and f"{Path(m.__file__).with_name('linear_eval.py')}" in text
+    assert "1 SV ↔ SV + 1 SV ← HV, pairs 1, heavy ua" in text and f"{Path(m.__file__).with_name('linear_eval.py')}" in text
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"checkpoint.pt", "backbone.pt", "log.jsonl", "views.png"}
     entries = log(tmp_path / "a")
     assert [entry["epoch"] for entry in entries] == [0, 1, 2] and all(0 <= entry["knn"] <= 100 for entry in entries)
