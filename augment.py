@@ -135,7 +135,7 @@ def rotate(x, v):
 
 def posterize(x, v):
     """Keep the v highest bits of 8; at least one, as the released code does."""
-    width = column(2 ** (8 - v.floor().clamp(min=1)))
+    width = column(1 << (8 - v.floor().clamp(min=1)).int())
     return (level(x) / width).floor() * width / 255
 
 

@@ -151,6 +151,8 @@ def place():
     numbers = [os.environ.get(key, "") for key in keys[:3]]
     if any(numbers) and not (all(map(str.isdecimal, numbers)) and all(os.environ.get(key) for key in keys)):
         fail(f"{', '.join(keys)} are set in part, or not to numbers: start with torchrun, or unset them")
+    if 0 < (gpus := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE") or 1):
+        fail(f"more processes than the {gpus} GPUs here: lower --nproc_per_node")
     return [int(number or default) for number, default in zip(numbers, (0, 1, 0))]
 
 
@@ -191,15 +193,13 @@ def parse_args(argv=None):
     for key, (low, high) in (ranges | dict(pairs=(1, 100), seed=(0, 2**63 - 1), workers=(0, 1000))).items():
         if not low <= getattr(args, key) <= high:
             fail(f"--{key.replace('_', '-')} must be from {low:g} to {high:g}, not {getattr(args, key)}")
-    (_, world, _), gpus = place(), torch.cuda.device_count()
+    _, world, _ = place()
     if not any(args.weights) or not all(0 <= w < MANY for w in args.weights):
         fail("--weights must be 0 or more, and not all 0")
     if args.batch % world or args.batch < 2 * world:
         fail(f"--batch {args.batch} does not divide by the {world} ranks into 2 or more images each")
     if args.warmup >= args.epochs:
         fail(f"--warmup {args.warmup:g} is not shorter than --epochs {args.epochs}")
-    if gpus and int(os.environ.get("LOCAL_WORLD_SIZE") or 1) > gpus:
-        fail(f"more processes than the {gpus} GPUs here: lower --nproc_per_node")
     try:
         augment.parse_policy(args.heavy, args.size)
     except ValueError as error:
@@ -265,7 +265,7 @@ def join(rank, world, local):
         torch.cuda.set_device(local)
         torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try what is fastest for it
     alone = dict(store=dist.HashStore(), rank=0, world_size=1) if world == 1 else {}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo", **alone)
     sys.stdout = sys.stdout if rank == 0 else None  # one rank prints for all
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
@@ -344,7 +344,7 @@ def train(args):
     if device.type == "cuda" and world > 1:  # SyncBatchNorm exists on GPUs alone
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
-        model.backbone.compile()
+        model.backbone.compile(dynamic=False)  # the monitor has other batch sizes
     ddp = nn.parallel.DistributedDataParallel(model)
     ddp.broadcast_buffers = False  # once an epoch will do; the argument of this name is deprecated
     base_lr, steps = args.lr * args.batch / 256, len(loader)
@@ -442,8 +442,12 @@ def main():
         end = error.code
     except OSError as error:  # no such data, a full disk; the last line, since a worker's error brings its traceback
         end = f"{Path(__file__).name}: {(str(error) or repr(error)).splitlines()[-1]}"
-    if dist.is_initialized():  # train()'s DDP is gone by now: with torch 2.11 the other order can wait for ever
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        if end:  # at once: the others may be waiting for this rank, and the end of NCCL's group would wait for them
+            if isinstance(end, str):
+                print(end, file=sys.stderr, flush=True)
+            os._exit(1)
+        dist.destroy_process_group()  # train()'s DDP is gone by now: with torch 2.11 the other order can wait for ever
     sys.exit(end)
 
 

@@ -903,6 +903,16 @@ def test_started_by_torchrun_or_not(environment, expected, monkeypatch):
         assert "start with torchrun" in refusal(simsiam_dssl.parse_args, [])
 
 
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for ranks in ("", "1", "2", "3"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        if ranks == "3":
+            assert "more processes than the 2 GPUs" in refusal(simsiam_dssl.place)
+        else:
+            simsiam_dssl.place()
+
+
 def test_flags_and_folders():
     for m in METHODS:
         for i, name in enumerate(m.DATA):
@@ -1246,8 +1256,9 @@ def test_an_error_is_one_line_and_its_own_exit_code(script, line, tmp_path):
 
 
 def test_an_error_after_the_first_step_too(folder, tmp_path):
-    """Here the process group is alive: it must end before the process, or that ends with another code now and then."""
+    """Here the process group is alive, and ends before the process on success alone: NCCL's would wait for other ranks."""
     code = f"""import sys; import simsiam_dssl as m; m.dssl_loss = lambda p, *_, weights: p[0].sum() * float("nan")
+m.dist.destroy_process_group = lambda: m.time.sleep(1000)
 sys.argv = ["x", "--data", {str(folder)!r}, "--recipe", "glyphs", "--size", "16", "--batch", "36", "--out", {str(tmp_path)!r}]
 m.main()"""
     for _ in range(3):
