@@ -356,7 +356,7 @@ def train(args):
     if device.type == "cuda" and world > 1:  # SyncBatchNorm exists on GPUs alone
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
-        model.backbone.compile(dynamic=False)  # the monitor has other batch sizes
+        model.backbone.compile(dynamic=False)  # static shapes, though the monitor's batches have others
     ddp = nn.parallel.DistributedDataParallel(model)
     ddp.broadcast_buffers = False  # once an epoch will do; the argument of this name is deprecated
     base_lr, steps = args.lr * args.batch / 256, len(loader)
