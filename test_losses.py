@@ -276,8 +276,15 @@ def images(h=32, w=32):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seeded_and_on_cpu(request):
+    """Tests without "cuda" in their names see none, also where there is one: they compare bits, and start several ranks."""
     torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        if "cuda" not in request.node.name:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that a test starts
+        yield
 
 
 def seeded(function, *args):
@@ -1440,7 +1447,7 @@ def test_short_run_on_cuda(m, folder, tmp_path):
 
 @needs_cuda
 @pytest.mark.parametrize("m, model", [(simsiam_dssl, "SimSiam"), (byol_dssl, "BYOL"), (simclr_dssl, "SimCLR")])
-def test_bf16_and_syncbn(m, model):
+def test_bf16_and_syncbn_on_cuda(m, model):
     with undisturbed():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
         torch.manual_seed(0)
