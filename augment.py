@@ -54,16 +54,15 @@ def column(v):
 def by_choice(x, choice, functions, *args):
     """Give image i to functions[choice[i]], with row i of each of args. A function may be None: the image stays.
 
-    x (b, 3, h, w); choice (b,) int64 and args (b, ...) on the host. One call for each function that was drawn, with its
-    own images, so that none is computed for nothing.
+    x (b, 3, h, w); choice (b,) int64 and args (b, ...) on the host.
     """
-    order = choice.argsort(stable=True)
-    sizes = choice.bincount(minlength=len(functions)).tolist()
-    rows = zip(*(send(a, x).split(sizes) for a in (order, *(a[order] for a in args))))
+    order = choice.argsort(stable=True)  # the images that drew functions[0] come first, then those of functions[1], …
+    sizes = choice.bincount(minlength=len(functions)).tolist()  # … and so many did
+    args = [send(a[order], x).split(sizes) for a in args]
     out = x.clone()
-    for function, n, (i, *a) in zip(functions, sizes, rows):
-        if function and n:  # index_select is several times as fast as x[i] on a CPU
-            out.index_copy_(0, i, function(x.index_select(0, i), *a))
+    for function, mine, *own in zip(functions, send(order, x).split(sizes), *args):
+        if function and len(mine):  # index_select is several times as fast as x[mine] on a CPU
+            out.index_copy_(0, mine, function(x.index_select(0, mine), *own))
     return out
 
 
@@ -105,7 +104,6 @@ def affine(x, a=1, b=0, c=0, d=0, e=1, f=0):
 
 # ------------------------------------------------------------------------------------------------- operations
 # function(x, v): x (b, 3, h, w) in [0, 1], v (b,) the magnitude of each image, in the unit named in OPS below.
-
 
 def auto_contrast(x, v=None):
     """Stretch each channel to the full range; a constant channel stays."""
@@ -158,7 +156,8 @@ def cutout(x, v):
     """A grey square of v pixels a side around a random point, cut off at the borders; none for v = 0."""
     h, w = x.shape[2:]
     v, u = v.view(-1, 1, 1), send(torch.rand(len(x), 2, 1, 1), x)
-    left, top = ((u[:, i] * side - v / 2).clamp(min=0).floor() for i, side in ((0, w), (1, h)))
+    left = (u[:, 0] * w - v / 2).clamp(min=0).floor()
+    top = (u[:, 1] * h - v / 2).clamp(min=0).floor()
     xs, ys = torch.arange(w, device=x.device)[None, :], torch.arange(h, device=x.device)[:, None]
     hole = (v > 0) & (xs >= left) & (xs <= left + v) & (ys >= top) & (ys <= top + v)  # both ends, as ImageDraw
     return torch.where(hole[:, None], constant((125 / 255, 123 / 255, 114 / 255), x.device, x.dtype), x)
@@ -212,24 +211,25 @@ NEUTRAL = {"Rotate": 0, "ShearX": 0, "ShearY": 0, "TranslateX": 0, "TranslateY":
 
 
 def operate(x, space, choice, strength):
-    """Take image i through operation choice[i] of the space; the index past the last is none.
+    """Take image i through operation choice[i] of the space; len(SPACES[space]), one past the last, is for none.
 
     x (b, 3, h, w); choice (b,) int64 and strength (b,) on the host. strength goes from the low (0) to the high (1) end
     of the operation's range; below 0 it mirrors the range at its low end.
     """
     low, high = ranges(space, *x.shape[2:])
-    functions = [OPS[name] for name in SPACES[space]] + [None]
+    functions = [OPS[name] for name in SPACES[space]] + [None]  # which leaves its images as they are
     return by_choice(x, choice, functions, torch.lerp(low[choice], high[choice], strength))
 
 
 @functools.cache
 def ranges(space, height, width):
-    """Both ends of each operation's range (n + 1,), the last for none, for images of that size."""
+    """The low ends and the high ends of the operations' ranges, for images of that size, and a 0 for no operation."""
     ends = torch.tensor([*SPACES[space].values(), (0, 0)])
+    side = {"TranslateX": width, "TranslateY": height, "Cutout": width}
     if space != "released":  # the others give pixels as a share of the side
         for i, name in enumerate(SPACES[space]):
-            ends[i] *= {"TranslateX": width, "TranslateY": height, "Cutout": width}.get(name, 1)
-    return ends.T
+            ends[i] *= side.get(name, 1)
+    return ends.unbind(1)
 
 
 class RandAugment:
@@ -243,7 +243,7 @@ class RandAugment:
         if space not in ("released", "paper"):
             raise ValueError(f"no RandAugment space '{space}': use released or paper")
         if not (n >= 1 and 0 <= m <= 30):
-            raise ValueError(f"ra({n},{m}): the number of operations must be at least 1, the magnitude in 0–30")
+            raise ValueError(f"ra({n},{m}): the number of operations must be at least 1, the magnitude 0 to 30")
         self.n, self.m, self.space = n, m, space
         self.mirrors = torch.tensor([NEUTRAL.get(name) == low for name, (low, _) in SPACES[space].items()])
 
@@ -262,7 +262,7 @@ class UniformAugment:
         for _ in range(2):
             choice = torch.randint(len(SPACES["uniform"]), (len(x),))
             keep = torch.rand(len(x)) < torch.rand(len(x))
-            choice = torch.where(keep, choice, len(SPACES["uniform"]))
+            choice = torch.where(keep, choice, len(SPACES["uniform"]))  # or none
             x = operate(x, "uniform", choice, torch.rand(len(x)))
         return x
 
@@ -281,7 +281,7 @@ class Jigsaw:
     def __call__(self, x):
         n, (b, _, h, w) = self.n, x.shape
         if h % n or w % n:
-            raise ValueError(f"jigsaw({n}) needs sides that {n} divides, not {h} × {w}")
+            raise ValueError(f"jigsaw({n}) needs sides that {n} divides, not {h} x {w}")
         tiles = rearrange(x, "b c (i y) (j x) -> (b i j) c y x", i=n, j=n)
         source = torch.rand(b, n * n).argsort(1) + n * n * torch.arange(b)[:, None]  # which tile each place shows
         tiles = tiles.index_select(0, send(source.flatten(), x))
@@ -301,24 +301,28 @@ def parse_policy(text, size=None):
         if star and not re.fullmatch(r"\d*\.?\d+", chance):
             raise ValueError(f"policy '{text}': cannot read the probability '{chance}'")
         chances.append(float(chance) if star else None)
-        branches.append([])
-        for step in steps.split("+"):
-            match = re.fullmatch(r"ra\((\d+),(\d+\.?\d*)(?:,(\w+))?\)|(ua)|jigsaw\((\d+)\)", step)
-            if not match:
-                raise ValueError(f"policy '{text}': cannot read '{step}'; use ra(n,m), ra(n,m,paper), ua, jigsaw(n)")
-            n, m, space, ua, tiles = match.groups()
-            if tiles and size:
-                Jigsaw(int(tiles))(torch.zeros(1, 3, size, size))
-            op = Jigsaw(int(tiles)) if tiles else UniformAugment() if ua else None
-            branches[-1].append(op or RandAugment(int(n), float(m), space or "released"))
+        branches.append(Compose([parse_step(step, size) for step in steps.split("+")]))
     if set(chances) == {None}:
         chances = [1 / len(branches)] * len(branches)
     if None in chances or abs(sum(chances) - 1) > 1e-6:
         raise ValueError(f"policy '{text}': the probabilities before * must be given for every branch and add up to 1")
-    functions = [Compose(steps) for steps in branches]
-    if len(functions) == 1:
-        return functions[0]
-    return lambda x: by_choice(x, torch.tensor(chances).multinomial(len(x), replacement=True), functions)
+    if len(branches) == 1:
+        return branches[0]
+    return lambda x: by_choice(x, torch.tensor(chances).multinomial(len(x), replacement=True), branches)
+
+
+def parse_step(step, size):
+    """What stands between the + and | of a policy."""
+    if step == "ua":
+        return UniformAugment()
+    if match := re.fullmatch(r"ra\((\d+),(\d+\.?\d*)(?:,(\w+))?\)", step):
+        return RandAugment(int(match[1]), float(match[2]), match[3] or "released")
+    if match := re.fullmatch(r"jigsaw\((\d+)\)", step):
+        jigsaw = Jigsaw(int(match[1]))
+        if size and size % jigsaw.n:
+            raise ValueError(f"{step} needs a size that {jigsaw.n} divides, not {size}")
+        return jigsaw
+    raise ValueError(f"cannot read '{step}' in a policy: use ra(n,m), ra(n,m,paper), ua, jigsaw(n)")
 
 
 # ------------------------------------------------------------------------------------------------- standard views
@@ -344,25 +348,27 @@ def crop_boxes(b, h, w, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
 def random_resized_crop(x, size, scale=(0.2, 1.0), generator=None):
     """A random box of every image, resized to size × size; (b, 3, h, w) uint8 or float → the same type.
 
-    Resizing is linear in the rows and in the columns, so it is two small matrices an image: a triangle filter that
-    widens when it shrinks the image (Pillow's antialiased bilinear) and that ends at the edge of the box.
+    Each pixel of the crop is a mean over the image's, weighted by their rows and by their columns as in Pillow's
+    antialiased bilinear. So cropping and resizing are two matrices: crop = rows @ image @ columns.mT.
     """
     b, _, h, w = x.shape
     left, top, width, height = send(crop_boxes(b, h, w, scale, generator=generator), x).view(b, 4, 1, 1).unbind(1)
-
-    def weights(start, length, side):  # b size side
-        step = length / size
-        reach = step.clamp(min=1)
-        centre = start + (torch.arange(size, device=x.device)[:, None] + 0.5) * step
-        pixel = torch.arange(side, device=x.device)
-        share = (1 - ((pixel + 0.5) / reach - centre / reach).abs_()).clamp_(min=0)
-        share *= ((pixel >= start) & (pixel < start + length)).float()
-        return share.div_(share.sum(-1, keepdim=True))
-
-    out = weights(left, width, w) @ rearrange(x, "b c h w -> b w (c h)").float()
-    out = rearrange(out, "b j (c h) -> b (j c) h", c=3) @ weights(top, height, h).mT
+    rows, columns = weights(top, height, h, size), weights(left, width, w, size)
+    out = columns @ rearrange(x, "b c h w -> b w (c h)").float()
+    out = rearrange(out, "b j (c h) -> b (j c) h", c=3) @ rows.mT
     out = rearrange(out, "b (j c) i -> b c i j", c=3)
     return (out.round_() if x.dtype == torch.uint8 else out).to(x.dtype).contiguous()
+
+
+def weights(start, length, side, size):
+    """(b, size, side): what the image's rows, or columns, weigh in each of the crop's; start and length (b, 1, 1)."""
+    step = length / size
+    middle = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
+    reach = step.clamp(min=1)  # from a middle to the next, or to the next pixel: there the weights are down at 0
+    pixel = torch.arange(side, device=start.device)
+    weight = (1 - ((pixel + 0.5) / reach - middle / reach).abs_()).clamp_(min=0)
+    weight *= ((pixel >= start) & (pixel < start + length)).float()  # none from outside the box
+    return weight.div_(weight.sum(-1, keepdim=True))
 
 
 def flip(x, p=0.5):
@@ -375,14 +381,16 @@ def hue(x, v):
     r, g, b = x.unbind(1)
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = high - low
-    # From red, g rises by the chroma over the first sixth of a turn, r falls by it over the second, b rises by it over
-    # the third, up to cyan: the sum of these is the distance from red. The other way round b and g change places.
-    sixths = (g + b).sub_(r).add_(high).sub_(low, alpha=2)
-    turns = sixths.div_((6 * chroma).clamp_(min=1e-6)).copysign_(g - b)  # towards green, or else (negative) blue
-    turns.add_(v.view(-1, 1, 1))  # b h w
-    # Back again: a channel is at its lowest within a sixth of a turn of its complement, at its highest from a third on.
-    away = turns[:, None] + constant((1 / 2, 1 / 6, -1 / 6), x.device, x.dtype)  # minus where the complements are
-    away = (away - away.round()).abs_().clamp_(1 / 6, 1 / 3)
+    # Hues lie on a circle: red 0, green 1/3, blue 2/3 of a turn. From red to cyan, half a turn, first g rises by the
+    # chroma, then r falls, then b rises, a sixth of a turn each. So all that they have moved, (g - low) + (high - r) +
+    # (b - low), is the distance from red. The other way round g and b change places; those hues are negative.
+    moved = g + b - r + high - 2 * low
+    turns = (moved / (6 * chroma).clamp(min=1e-6)).copysign(g - b)
+    turns = turns + v.view(-1, 1, 1)  # b h w
+    # Back again: a channel is lowest up to a sixth of a turn from its complement, highest from a third on.
+    complements = constant((-1 / 2, -1 / 6, 1 / 6), x.device, x.dtype)
+    away = turns[:, None] - complements  # b c h w
+    away = (away - away.round()).abs_().clamp_(1 / 6, 1 / 3)  # without whole turns
     return away.mul_(6 * chroma[:, None]).add_((low - chroma)[:, None]).clamp_(0, 1)
 
 
