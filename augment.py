@@ -22,7 +22,8 @@ import math
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -445,7 +446,9 @@ def normalize(x):
 # data: files in, uint8 batches out
 # =====================================================================================================================
 
-RESIDENT = 64  # up to this many pixels a side, images are read once into one uint8 tensor, for training on the device
+ENDINGS = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".gif", ".avif")  # of the files that are read
+SMALL = 64  # pixels a side: up to here images are kept in memory, and evaluated whole rather than by their middle
+MEMORY = 4e9  # bytes: where a training set would need more, it is streamed all the same, and so is what tests it
 
 
 class Data(NamedTuple):
@@ -457,8 +460,7 @@ class Data(NamedTuple):
 def load_data(data, root, size, download=True):
     """(train, test) by name (glyphs, cifar10, imagenet) or from a folder; test is None where there are no labels.
 
-    Up to RESIDENT pixels of `size`, images are read here; beyond it only their paths are. Raises OSError with one line
-    that says what is wrong and which layout is expected.
+    Small images are read here, of others only the paths kept. Raises OSError, one line on what is wrong with the data.
     """
     if data == "glyphs":
         return glyphs(8192, size, seed=0), glyphs(1024, size, seed=1)
@@ -470,47 +472,62 @@ def load_data(data, root, size, download=True):
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: {layout}")
     val = folder / ("test" if (folder / "test").is_dir() and not (folder / "val").is_dir() else "val")
-    if not (folder / "train").exists() and not val.exists() and not named:  # then: no labels
-        paths = find_images(folder)
-        if not paths:
+    others = Counter()
+    if named or (folder / "train").exists() or val.exists():
+        train, test = find_classes(folder / "train", others), find_classes(val, others)
+    else:  # no labels
+        train, test = {"": find_images(folder, others)}, None
+    if others and os.environ.get("RANK") in (None, "", "0"):  # one line, not one a process
+        counts = ", ".join(f"{n} {ending!a}" for ending, n in others.most_common(9))
+        print(f"WARNING: {others.total()} files are not read as images: {counts}", file=sys.stderr, flush=True)
+    resident = size <= SMALL and sum(map(len, train.values())) * 3 * size**2 <= MEMORY
+    if test is None:
+        if not train[""]:
             raise FileNotFoundError(f"no images in {folder}: {layout}, or images without labels anywhere below it")
-        return pack({"": paths}, size)._replace(labels=None, classes=[]), None
-    train, test = find_classes(folder / "train"), find_classes(val)
+        return pack(train, size, resident)._replace(labels=None, classes=[]), None
     for part, classes in ((folder / "train", train), (val, test)):
         if not classes:
-            raise FileNotFoundError(f"no images in {part}/<class>: {layout}")
-    if train.keys() != test.keys():
-        odd = min(train.keys() ^ test.keys())
-        raise FileNotFoundError(f"{folder}/train and {val} have different classes, {odd} is in one alone: {layout}")
-    return pack(train, size), pack(test, size)
+            raise FileNotFoundError(f"no images in {part}/<class>: {layout}; or without labels --data {folder}/train")
+    if odd := train.keys() ^ test.keys():
+        raise FileNotFoundError(f"{folder}/train and {val} have different classes, {min(odd)} is in one: {layout}")
+    return pack(train, size, resident), pack(test, size, resident)
 
 
-def find_images(folder):
-    """Paths of the images anywhere below the folder, sorted. Hidden files and folders are nobody's data; links are."""
-    root, found = Path(folder).resolve(), []
-    seen = {str(parent) for parent in (root, *root.parents)}  # so that no link leads round in circles
-    for here, folders, files in os.walk(folder, followlinks=True):
-        for f in sorted(folders):
-            target = os.path.realpath(os.path.join(here, f))
-            if f[0] == "." or target in seen:
-                folders.remove(f)
-            seen.add(target)
-        found += [os.path.join(here, f) for f in files
-                  if f[0] != "." and f.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
-    return sorted(found)
+def visible(folder):
+    """The folder's entries by name; hidden ones are nobody's data. An OSError names a folder that cannot be listed."""
+    return sorted((entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda entry: entry.name)
 
 
-def find_classes(folder):
+def find_images(folder, others, seen=()):
+    """Paths of the images anywhere below the folder, sorted; the Counter others takes the endings of other files."""
+    here, images = Path(folder).resolve(), []
+    seen = seen or {here, *here.parents}  # links are followed, but none leads round in circles
+    for entry in visible(folder):
+        ending = os.path.splitext(entry.name)[1].lower()
+        if entry.is_dir():
+            target = Path(entry).resolve()
+            if target not in seen:
+                seen.add(target)
+                images += find_images(entry.path, others, seen)
+        elif ending in ENDINGS:
+            images.append(entry.path)
+        else:
+            others[ending] += 1
+    return sorted(images)
+
+
+def find_classes(folder, others):
     """{class: paths of its images}, where each class has a folder; one without images is none."""
-    folders = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] != ".") if folder.is_dir() else []
-    return {f.name: paths for f in folders if (paths := find_images(f))}
+    entries = visible(folder) if folder.is_dir() else []
+    others.update("outside the class folders" for entry in entries if not entry.is_dir())
+    return {entry.name: paths for entry in entries if entry.is_dir() and (paths := find_images(entry, others))}
 
 
-def pack(classes, size):
-    """{class: paths} → Data, with the images read if they are small."""
+def pack(classes, size, resident):
+    """{class: paths} → Data, with the images read if they are to be resident, in memory."""
     paths = [path for paths in classes.values() for path in paths]
     labels = torch.tensor([i for i, paths in enumerate(classes.values()) for _ in paths])
-    images, good = read_all(paths, size) if size <= RESIDENT else (paths, slice(None))
+    images, good = read_all(paths, size) if resident else (paths, slice(None))
     return Data(images, labels[good], list(classes))
 
 
@@ -519,8 +536,8 @@ def torchvision_cifar10(root, train, size, download):
         found = datasets.CIFAR10(root, train=train, download=download)
     except (RuntimeError, OSError) as error:
         raise FileNotFoundError(
-            f"no CIFAR-10 in {root} ({' '.join(str(error).split())[:70]}): put it there as cifar10/train/<class>/<image> "
-            "and cifar10/test/<class>/<image>, or fetch it in one process: "
+            f"no CIFAR-10 in {root} ({' '.join(str(error).split())[:70]}): put it there as "
+            f"cifar10/train/<class>/<image> and cifar10/test/<class>/<image>, or fetch it in one process: "
             f"python -c \"from torchvision.datasets import CIFAR10; CIFAR10('{root}', download=True)\"") from None
     images = rearrange(torch.from_numpy(found.data), "n h w c -> n c h w").contiguous()
     return Data(images if size == 32 else resize(images, size), torch.tensor(found.targets), found.classes)
@@ -542,8 +559,10 @@ def read_image(path):
         raise OSError(f"cannot read {path}: {reason}") from None
 
 
-def read_centre(path, size, shorter):
+def read_centre(path, size, shorter=None):
     """(3, size, size) uint8: the shorter side resized to `shorter`, then the centre; of one image only the crop."""
+    if shorter is None:  # as in evaluation: all of an image if that is small, or else 224 of 256 pixels
+        shorter = size if size <= SMALL else round(size * 8 / 7)
     image = read_image(path)
     side = min(image.size) * size / shorter
     left, top = ((length - side) / 2 for length in image.size)
@@ -567,11 +586,15 @@ def tolerate(broken, n):
 
 def read_all(paths, size):
     """n files → uint8 (k, 3, size, size) of the k that can be read, and which those are, (n,) bool."""
-    with ThreadPoolExecutor() as pool:
-        images = list(pool.map(lambda path: attempt(read_centre, path, size, size), paths))
-    good = torch.tensor([image is not None for image in images])
-    tolerate(len(paths) - int(good.sum()), len(paths))
-    return torch.stack([image for image in images if image is not None]), good
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)  # filled, since a list to stack is as much again
+    good, k = torch.zeros(len(paths), dtype=torch.bool), 0
+    with ThreadPool(16) as pool:
+        for i, image in enumerate(pool.imap(lambda path: attempt(read_centre, path, size), paths, chunksize=64)):
+            if image is not None:
+                images[k], good[i] = image, True
+                k += 1
+    tolerate(len(paths) - k, len(paths))
+    return images[:k], good
 
 
 def generator(*key):
@@ -586,8 +609,8 @@ class TrainLoader:
     to another epoch. The order comes from (seed, epoch) alone, and so does every crop, with the image's number for
     streamed images and the step and rank for those on the device. set_epoch chooses the epoch.
 
-    For streamed images it is also the data set that workers read, as loader[i]. One that cannot be read is replaced by
-    another; an OSError says where five in a row cannot.
+    Streamed images make it two things: the loader to go through, and the data set whose loader[i] the workers of
+    torch's DataLoader call (`stream`). One that cannot be read is replaced; an OSError says where five in a row cannot.
     """
 
     def __init__(self, data, batch, crops, size, scale=(0.2, 1.0), seed=0, rank=0, world=1, device="cpu", workers=0):
@@ -604,7 +627,8 @@ class TrainLoader:
         order = rearrange(order, "(step rank b) -> step rank b", step=len(self), rank=self.world)[:, self.rank]
         self.epoch, self.order = epoch, order.tolist()  # order: this rank's images, step by step
 
-    def __getitem__(self, i):  # in a worker: decode once, crop, and nothing else
+    def __getitem__(self, i):
+        """In a worker: the crops of image i, which is decoded once, and its label."""
         g = generator(self.seed, self.epoch, i)
         for _ in range(5):
             if image := attempt(read_image, self.data.images[i]):
@@ -612,11 +636,10 @@ class TrainLoader:
             i = torch.randint(len(self.data.images), (), generator=g).item()
         else:
             raise OSError("five images in a row cannot be read: the warnings above name each")
-        image = pil_to_tensor(image)[None]
-        boxes = crop_boxes(self.crops, *image.shape[2:], self.scale, generator=g).tolist()
-        crops = [  # within a level of Pillow's, and three times as fast
-            F.interpolate(image[..., y : y + h, x : x + w], (self.size, self.size), mode="bilinear", antialias=True)
-            for x, y, w, h in boxes]
+        image, crops = pil_to_tensor(image)[None], []
+        for x, y, w, h in crop_boxes(self.crops, *image.shape[2:], self.scale, generator=g).tolist():
+            box = image[..., y : y + h, x : x + w]  # resized within a level of Pillow's, and three times as fast
+            crops.append(F.interpolate(box, (self.size, self.size), mode="bilinear", antialias=True))
         return torch.cat(crops), 0 if self.data.labels is None else int(self.data.labels[i])
 
     def __iter__(self):
@@ -634,20 +657,20 @@ class EvalLoader:
     """This rank's share of a labelled data set: uint8 (b, 3, size, size) and labels (b,), both on the device.
 
     Every image comes once, on one rank. A label of -1 says that there is no image to count: one that cannot be read (an
-    OSError, if they are many), or one more than there are, so that all ranks have equally many. Streamed images have
-    their shorter side resized to 8/7 of size (256 for 224) and are cropped to the centre.
+    OSError, if they are many), or one more than there are, so that all ranks have equally many.
     """
 
     def __init__(self, data, batch, size, rank=0, world=1, device="cpu", workers=0):
         self.data, self.size, self.device, self.workers = data, size, device, workers
-        mine = list(range(rank, -(-len(data.images) // world) * world, world))
+        mine = list(range(rank, math.ceil(len(data.images) / world) * world, world))  # the last may be none of them
+        batch = min(batch, max(1, 256 * 224**2 // size**2))  # no more memory for larger images
         self.order = [mine[i : i + batch] for i in range(0, len(mine), batch)]
 
     def __getitem__(self, i):  # in a worker, as TrainLoader's
-        path = self.data.images[i] if i < len(self.data.images) else None
-        image = path and attempt(read_centre, path, self.size, round(self.size * 8 / 7))
-        nothing = torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1
-        return nothing if image is None else (image, int(self.data.labels[i]))
+        image = attempt(read_centre, self.data.images[i], self.size) if i < len(self.data.images) else None
+        if image is None:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1
+        return image, int(self.data.labels[i])
 
     def __iter__(self):
         n = len(self.data.images)
@@ -671,8 +694,8 @@ def stream(loader):
     batches = torch.utils.data.DataLoader(
         loader, batch_sampler=loader.order, num_workers=min(loader.workers, max(1, cores // ranks)),
         pin_memory=torch.device(loader.device).type == "cuda")
-    for x, labels in batches:
-        yield x.to(loader.device, non_blocking=True), labels.to(loader.device, non_blocking=True)
+    for batch in batches:  # copied also on the CPU: each tensor from a worker holds an open file as long as it lives
+        yield [t.to(loader.device, non_blocking=True, copy=True) for t in batch]
 
 
 def glyphs(n, size, seed):
@@ -709,7 +732,6 @@ def glyphs(n, size, seed):
 # python augment.py: look at the views
 # =====================================================================================================================
 
-
 def draw_views(rows, path, scale=1):
     """Save [(caption, (n, 3, h, w) in [0, 1])] as one picture, a row each with its caption above it."""
     strips = []
@@ -740,7 +762,7 @@ def main():
         x = [read_centre(path, size, size) for path in args.images] or glyphs(10, size, args.seed).images.unbind()
         x = torch.stack(x)
         crops = random_resized_crop(x, size, scale=(0.2 if args.images else 0.8, 1))  # as in the recipes
-        sv = standard(crops, flips=bool(args.images), blur=size > RESIDENT)
+        sv = standard(crops, flips=bool(args.images), blur=size > SMALL)
         rows = [("Original image", x / 255), ("Standard view", sv)]
         rows += [(f"+ {text}", heavy(sv)) for text, heavy in policies.items()]
         draw_views(rows, args.out, scale=max(1, 96 // size))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from einops import rearrange
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, features
 from torch import nn
 from torchvision import models
 from torchvision.transforms import RandomResizedCrop
@@ -680,6 +680,35 @@ def test_loaders(folder, size):
     assert [a + b for a, b in zip(*shares)] == order  # the ranks share each global batch
 
 
+def test_many_small_images_are_streamed_and_evaluated_alike(folder, tmp_path, monkeypatch):
+    """Memory is decided by the training set, for both; what evaluation shows of an image follows from the size alone."""
+    def evaluated(data, size):
+        return torch.cat([x for x, _ in augment.EvalLoader(data, 4, size)])
+
+    kept = augment.load_data(str(folder), "", 16)
+    monkeypatch.setattr(augment, "MEMORY", 36 * 3 * 16 * 16 - 1)  # a byte less than the training set; more than the test set
+    streamed = augment.load_data(str(folder), "", 16)
+    for resident, paths in zip(kept, streamed):
+        assert torch.is_tensor(resident.images) and isinstance(paths.images, list)
+        assert torch.equal(evaluated(resident, 16), evaluated(paths, 16)) and torch.equal(resident.labels, paths.labels)
+    crops, _ = next(iter(augment.TrainLoader(streamed[0], 12, 2, 16)))
+    assert crops.shape == (12, 2, 3, 16, 16)
+    assert isinstance(augment.load_data(str(folder / "train"), "", 16)[0].images, list)  # without labels
+    for name, other in (("train", "val"), ("val", "train")):  # a test set that alone would be too much
+        (tmp_path / name).symlink_to(folder / other)
+    assert all(torch.is_tensor(data.images) for data in augment.load_data(str(tmp_path), "", 16))
+    assert all(torch.is_tensor(data.images) for data in augment.load_data("glyphs", "", 24))
+    for size, shorter in ((64, 64), (72, 82)):
+        by_hand = [augment.read_centre(path, size, shorter) for path in streamed[1].images]
+        assert torch.equal(evaluated(streamed[1], size), torch.stack(by_hand))
+
+
+def test_batches_of_evaluation_are_no_larger_than_at_224():
+    data = augment.Data(["image.png"] * 300, torch.zeros(300), [])
+    for size, batches in ((32, [256, 44]), (224, [256, 44]), (448, [64] * 4 + [44]), (10**5, [1] * 300)):
+        assert [len(row) for row in augment.EvalLoader(data, 256, size).order] == batches
+
+
 def test_odd_images_are_read(tmp_path):
     x = Image.fromarray(torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8).numpy())
     deep, long = Image.new("I;16", (60, 40), 128 * 256), Image.new("I", (60, 40), 128 * 256)
@@ -770,6 +799,14 @@ def test_workers_change_nothing(folder):
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(alone, many))
 
 
+def test_batches_from_workers_hold_no_open_files(folder):
+    """What people keep of each batch, such as labels, must not use up the files that a process may open."""
+    train, test = augment.load_data(str(folder), "", 72)
+    for loader in (augment.TrainLoader(train, 12, 2, 72, workers=1), augment.EvalLoader(test, 4, 72, workers=1)):
+        batches = list(loader)
+        assert len(batches) == 3 and not any(t.is_shared() for batch in batches for t in batch)
+
+
 @pytest.mark.parametrize("cores, ranks, workers", [(2, None, 2), (6, "2", 3), (1, "8", 1), (16, "", 8), (16, "0", 8)])
 def test_workers_are_as_many_as_the_cores_that_we_may_use(folder, monkeypatch, cores, ranks, workers):
     asked = []
@@ -806,12 +843,55 @@ def test_folders_as_people_have_them(folder, tmp_path, monkeypatch):
         (flat / hidden).write_bytes(b"no image")
     for link, to in (("circle", flat), ("deep/up", flat), ("deep/above", tmp_path), ("twice", flat / "deep")):
         (flat / link).symlink_to(to)
+    (flat / ".store").mkdir()
+    Image.new("RGB", (16, 16)).save(flat / ".store" / "3.png")
+    (flat / "stored").symlink_to(flat / ".store")
     (tmp_path / "link").symlink_to(flat)
     monkeypatch.setenv("HOME", str(tmp_path))
     for spelling in (flat, f"{flat}/", tmp_path / "link", "~/flat"):
-        assert len(augment.load_data(str(spelling), "", 72)[0].images) == 2
+        assert len(augment.load_data(str(spelling), "", 72)[0].images) == 3
     (tmp_path / "imagenet").symlink_to(tmp_path / "photos")
     assert len(augment.load_data("imagenet", "~", 224)[0].images) == 36
+
+
+def test_images_are_found_by_ending_and_other_files_are_counted(tmp_path, capsys, monkeypatch):
+    endings = ["jpg", "JPEG", "jfif", "gif", "png", "webp"] + ["avif"] * features.check("avif")
+    for part in ("train", "val"):
+        (tmp_path / part / "class" / "deep").mkdir(parents=True)
+        for i, ending in enumerate(endings):
+            kind = {"jpg": "jpeg", "jfif": "jpeg"}.get(ending, ending)
+            Image.new("RGB", (16, 16), (200, 0, 0)).save(tmp_path / part / "class" / f"{i}.{ending}", format=kind)
+        for name in ("a.heic", "b.HEIC", "deep/c.heic", "deep/README", "deep/.hidden.txt", "x.\u00fc", "../loose.jpg"):
+            (tmp_path / part / "class" / name).touch()
+    said = "WARNING: 12 files are not read as images: 6 '.heic', 2 'outside the class folders', 2 '', 2 '.\\xfc'\n"
+    for rank, expected in ((None, said), ("", said), ("0", said), ("1", "")):  # one of several processes says it
+        monkeypatch.setenv("RANK", rank) if rank is not None else monkeypatch.delenv("RANK", raising=False)
+        for data in augment.load_data(str(tmp_path), "", 16):
+            assert len(data.images) == len(endings) and ((data.images[:, 0] > 150) & (data.images[:, 1] < 50)).all()
+        assert capsys.readouterr().err == expected
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, tmp_path, monkeypatch):
+    """Rather than to be a class less. (For root every folder can be listed, hence the fault by hand.)"""
+    scandir = os.scandir
+
+    def fail(path):
+        if os.fspath(path) == str(lost):
+            raise PermissionError(errno.EACCES, "Permission denied", str(lost))
+        return scandir(path)
+
+    (tmp_path / "train").symlink_to(folder / "train")
+    (tmp_path / "val" / "class0" / "deep").mkdir(parents=True)
+    monkeypatch.setattr(os, "scandir", fail)
+    for lost in (folder / "train", folder / "val", folder / "train" / "class1", folder / "val" / "class2"):
+        with pytest.raises(OSError, match=f"Permission denied.*{lost}"):
+            augment.load_data(str(folder), "", 16)
+    lost = folder / "train" / "class1"
+    with pytest.raises(OSError, match=f"Permission denied.*{lost}"):  # without labels
+        augment.load_data(str(folder / "train"), "", 16)
+    lost = tmp_path / "val" / "class0" / "deep"
+    with pytest.raises(OSError, match=f"Permission denied.*{lost}"):
+        augment.load_data(str(tmp_path), "", 16)
 
 
 def test_wrong_folders(folder, tmp_path):
@@ -827,6 +907,11 @@ def test_wrong_folders(folder, tmp_path):
         with pytest.raises(OSError, match="expected .*train/<class>/<image>") as error:
             augment.load_data(str(tmp_path / name), "", 16)
         assert "\n" not in str(error.value)
+    Image.new("RGB", (16, 16)).save(tmp_path / "flat" / "train" / "0.png")
+    for name in ("flat", "half"):  # no class folders; nothing to test on
+        with pytest.raises(OSError, match=f"without labels --data {tmp_path}/{name}/train"):
+            augment.load_data(str(tmp_path / name), "", 16)
+        assert augment.load_data(str(tmp_path / name / "train"), "", 16)[0].labels is None  # and that does it
     with pytest.raises(OSError, match="expected .*imagenet/train/<class>"):
         augment.load_data("imagenet", str(tmp_path), 224)
     with pytest.raises(OSError, match="no CIFAR-10"):
