@@ -386,8 +386,7 @@ def hue(x, v):
     # chroma, then r falls, then b rises, a sixth of a turn each. So all that they have moved, (g - low) + (high - r) +
     # (b - low), is the distance from red. The other way round g and b change places; those hues are negative.
     moved = g + b - r + high - 2 * low
-    turns = (moved / (6 * chroma).clamp(min=1e-6)).copysign(g - b)
-    turns = turns + v.view(-1, 1, 1)  # b h w
+    turns = (moved / (6 * chroma).clamp(min=1e-6)).copysign(g - b) + v.view(-1, 1, 1)  # b h w
     # Back again: a channel is lowest up to a sixth of a turn from its complement, highest from a third on.
     complements = constant((-1 / 2, -1 / 6, 1 / 6), x.device, x.dtype)
     away = turns[:, None] - complements  # b c h w
@@ -478,8 +477,7 @@ def load_data(data, root, size, download=True):
     else:  # no labels
         train, test = {"": find_images(folder, others)}, None
     if others and os.environ.get("RANK") in (None, "", "0"):  # one line, not one a process
-        counts = ", ".join(f"{n} {ending!a}" for ending, n in others.most_common(9))
-        print(f"WARNING: {others.total()} files are not read as images: {counts}", file=sys.stderr, flush=True)
+        print(f"WARNING: {others.total()} files are left out: {dict(others.most_common(9))!a}", file=sys.stderr)
     resident = size <= SMALL and sum(map(len, train.values())) * 3 * size**2 <= MEMORY
     if test is None:
         if not train[""]:
@@ -537,7 +535,7 @@ def torchvision_cifar10(root, train, size, download):
     except (RuntimeError, OSError) as error:
         raise FileNotFoundError(
             f"no CIFAR-10 in {root} ({' '.join(str(error).split())[:70]}): put it there as "
-            f"cifar10/train/<class>/<image> and cifar10/test/<class>/<image>, or fetch it in one process: "
+            "cifar10/train/<class>/<image> and cifar10/test/<class>/<image>, or fetch it in one process: "
             f"python -c \"from torchvision.datasets import CIFAR10; CIFAR10('{root}', download=True)\"") from None
     images = rearrange(torch.from_numpy(found.data), "n h w c -> n c h w").contiguous()
     return Data(images if size == 32 else resize(images, size), torch.tensor(found.targets), found.classes)
@@ -586,13 +584,15 @@ def tolerate(broken, n):
 
 def read_all(paths, size):
     """n files → uint8 (k, 3, size, size) of the k that can be read, and which those are, (n,) bool."""
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)  # filled, since a list to stack is as much again
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)  # filled: a list to stack is as much again
     good, k = torch.zeros(len(paths), dtype=torch.bool), 0
     with ThreadPool(16) as pool:
-        for i, image in enumerate(pool.imap(lambda path: attempt(read_centre, path, size), paths, chunksize=64)):
-            if image is not None:
-                images[k], good[i] = image, True
-                k += 1
+        for start in range(0, len(paths), 1024):  # few at a time, since what is read faster than filled in piles up
+            block = pool.map(lambda path: attempt(read_centre, path, size), paths[start : start + 1024])
+            for i, image in enumerate(block, start):
+                if image is not None:
+                    images[k], good[i] = image, True
+                    k += 1
     tolerate(len(paths) - k, len(paths))
     return images[:k], good
 
