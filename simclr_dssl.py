@@ -8,18 +8,17 @@ one SV, only ever learns from that SV, and is never a target itself: SV ← HV (
     torchrun --nproc_per_node=8 simclr_dssl.py --data imagenet        DSSL on ImageNet
 
 SimCLR: arXiv 2002.05709.   DSSL: "Directional Self-supervised Learning for Heavy Image Augmentations", CVPR 2022.
-Dimensions: b images on this rank, v views, c channels, h × w pixels, d features.
+Dimensions: v views, b images on this rank, c channels, h × w pixels, d features.
 """
 import argparse
+import atexit
 import io
 import json
 import math
 import os
-import re
-import shlex
-import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -28,10 +27,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torchvision import models
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import augment
 
-# ------------------------------------------------------------------------------------------------- loss
+# ------------------------------------------------------------ loss
 
 def D(p, z):
     """Negative cosine similarity, (b, d) and (b, d) → scalar in [-1, 1]. The target z gets no gradient."""
@@ -54,8 +54,7 @@ def nt_xent(z1, z2, temperature):
 def dssl_loss(z, z_hat=None, temperature=0.5, weights=(1, 0, 1, 0)):
     """Eq. 6 of the DSSL paper: alpha SV ↔ SV + beta HV ↔ HV + gamma SV ← HV + delta HV ← SV.
 
-    SV ← HV: the HV learns from the SV, which gets no gradient from it.
-
+    Arrows point at what is learnt from: in SV ← HV the HV learns, and the SV gets no gradient.
     z: projections of two SVs, a pair of (b, d); z_hat: those of the two HVs, each derived from the SV at its own place.
     A pair that no weight needs may be None. The default weights are DSSL (Eq. 5), (1, 0, 0, 0) is plain SimCLR.
     ↔ is NT-Xent. ← has no negatives (App. B: 2n² becomes 2n² + 2n): HVs are in nobody's denominator. That its
@@ -94,28 +93,30 @@ class Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-# the weights that leave one term alone
-TERMS = {"SV ↔ SV": (1, 0, 0, 0), "HV ↔ HV": (0, 1, 0, 0), "SV ← HV": (0, 0, 1, 0), "HV ← SV": (0, 0, 0, 1)}
-
-# ------------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------ model
 
 def make_backbone(arch, stem):
     """torchvision's ResNet without fc, (b, 3, h, w) → (b, d), and its d. Key names are torchvision's.
 
     stem "cifar", for images of 32 px or so: the first convolution is 3 × 3 with stride 1, and there is no max-pool.
     "small" is our own: four basic blocks of 32 to 256 channels behind a 3 × 3 convolution with stride 2, for CPUs.
+    What is replaced here has torch's initialisation, the rest torchvision's (Kaiming's).
     """
     if arch == "small":
-        net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
-        net.conv1, net.bn1, net.maxpool = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.Identity()
-        net.inplanes, d = 32, 256
-        net.layer1, net.layer2, net.layer3, net.layer4 = (
-            net._make_layer(models.resnet.BasicBlock, c, 1, s) for c, s in ((32, 1), (64, 2), (128, 2), (256, 2)))
+        net, d = ResNet(BasicBlock, [1, 1, 1, 1]), 256
+        net.conv1 = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
+        net.bn1 = nn.BatchNorm2d(32)
+        net.maxpool = nn.Identity()
+        net.layer1 = nn.Sequential(BasicBlock(32, 32))
+        for name, inputs, outputs in (("layer2", 32, 64), ("layer3", 64, 128), ("layer4", 128, 256)):
+            shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
+            setattr(net, name, nn.Sequential(BasicBlock(inputs, outputs, stride=2, downsample=shortcut)))
     else:
         net = getattr(models, arch)(zero_init_residual=stem == "imagenet")  # there each block starts as the identity
         d = net.fc.in_features
         if stem == "cifar":
-            net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+            net.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+            net.maxpool = nn.Identity()
     net.fc = nn.Identity()
     return net, d
 
@@ -129,14 +130,15 @@ class SimCLR(nn.Module):
             nn.Linear(d, args.dim, bias=False), nn.BatchNorm1d(args.dim))
         self.projector[-1].bias.requires_grad_(False)  # stays 0, as in the original
 
-    def forward(self, v, v_hat):
-        """Two tuples of views → what dssl_loss takes, and all projections (v, b, d) for the collapse monitor.
+    def forward(self, sv, hv):
+        """SVs and HVs, (v, b, c, h, w) each → z of the SVs, z_hat of the HVs: lists of (b, d), one a view.
 
         One view at a time, SVs first: BN statistics are those of one view. All views in one call: DDP wants one forward
         for each backward.
         """
-        z = [self.projector(self.backbone(x)) for x in v + v_hat]
-        return (z[: len(v)], z[len(v) :]), torch.stack(z).detach()
+        z = [self.projector(self.backbone(x)) for x in [*sv, *hv]]
+        n = len(sv)
+        return z[:n], z[n:]
 
 
 class LARS(torch.optim.SGD):
@@ -151,203 +153,170 @@ class LARS(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self):
-        for w in (w for group in self.param_groups for w in group["params"] if w.grad is not None and w.ndim > 1):
-            g = w.grad.add_(w, alpha=self.decay)
-            trust = 0.001 * w.norm() / g.norm()
-            g.mul_(torch.where(trust.isfinite() & (trust > 0), trust, 1))
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is not None and w.ndim > 1:
+                    g = w.grad.add_(w, alpha=self.decay)
+                    trust = 0.001 * w.norm() / g.norm()
+                    g.mul_(torch.where(trust.isfinite() & (trust > 0), trust, 1))
         super().step()
 
 
-# ------------------------------------------------------------------------------------------------- recipes
-# --data names a column, any flag overrides its entry. Glyphs: found by trial, for a few minutes on two CPU cores.
-# CIFAR-10: SimSiam's (§4.2 of DSSL). ImageNet: that of the SimCLR code that DSSL used, with DSSL's SVs (App. A.1).
+# ------------------------------------------------------------ recipes
+# --data names one, any flag overrides its entry. Glyphs: found by trial, for a few minutes on two CPU cores. CIFAR-10
+# and ImageNet: SimSiam's (§4.2 of DSSL), and that of the SimCLR code that DSSL used with DSSL's SVs (App. A.1).
 
-MANY = 1e9  # and not infinity, which no flag may be
-DATA = ("glyphs", "cifar10", "imagenet")
-RECIPES = {  # flag: (glyphs, cifar10, imagenet, allowed: a list or (low, high), help)
-    "arch": ("small", "resnet18", "resnet50", ["small", "resnet18", "resnet34", "resnet50", "resnet101"], "backbone"),
-    "stem": ("cifar", "cifar", "imagenet", ["cifar", "imagenet"], "3 × 3 and no max-pool, or 7 × 7 and max-pool"),
-    "size": (24, 32, 224, (8, 10_000), "pixels a side of a view"),
-    "crop": (0.8, 0.2, 0.2, (0.01, 1), "smallest crop, as a share of the image's area"),
-    "flip": (False, True, True, None, "mirror SVs at random"),
-    "blur": (False, False, True, None, "blur SVs at random"),
-    "heavy": ("ua", "ra(2,5)", "0.9*ra(2,5)|0.1*jigsaw(4)", None,
-              "SV → HV: ra(n,m), ra(n,m,paper), ua, jigsaw(n); a+b: one, then the other; 0.9*a|0.1*b: either"),
-    "batch": (32, 512, 512, (2, MANY), "images a step, over all ranks"),
-    "epochs": (5, 800, 100, (1, MANY), "passes over the images"),
-    "lr": (0.48, 0.03, 0.3, (0, MANY), "learning rate for a batch of 256; it scales with the batch"),
-    "wd": (5e-4, 5e-4, 1e-6, (0, MANY), "weight decay"),
-    "warmup": (0.5, 0.0, 10.0, (0, MANY), "epochs of linear warm-up before the cosine"),
-    "k": (50, 200, 200, (1, MANY), "neighbours of the kNN monitor"),
-    "knn_every": (1, 10, 5, (1, MANY), "epochs from one kNN monitor to the next"),
-    "dim": (128, 128, 128, (1, MANY), "features of the projections"),
-    "temperature": (0.5, 0.5, 0.1, (0.001, MANY), "of NT-Xent"),
-    "lars": (False, False, True, None, "LARS for the optimizer, not plain SGD"),
+RECIPES = {
+    "glyphs": dict(
+        arch="small", stem="cifar", size=24, crop=0.8, flip=False, blur=False, heavy="ua",
+        batch=32, epochs=5, lr=0.48, wd=5e-4, warmup=0.5, k=50, knn_every=1, dim=128, temperature=0.5, lars=False),
+    "cifar10": dict(
+        arch="resnet18", stem="cifar", size=32, crop=0.2, flip=True, blur=False, heavy="ra(2,5)",
+        batch=512, epochs=800, lr=0.03, wd=5e-4, warmup=0.0, k=200, knn_every=10, dim=128, temperature=0.5, lars=False),
+    "imagenet": dict(
+        arch="resnet50", stem="imagenet", size=224, crop=0.2, flip=True, blur=True, heavy="0.9*ra(2,5)|0.1*jigsaw(4)",
+        batch=512, epochs=100, lr=0.3, wd=1e-6, warmup=10.0, k=200, knn_every=5, dim=128, temperature=0.1, lars=True),
 }
-FREE = ("data", "root", "out", "workers", "compile", "k", "knn_every")  # what may change when a run goes on
+FREE = ("data", "root", "out", "workers", "bf16", "k", "knn_every")  # what may change when a run goes on
 
 
-def fail(message):
-    """End with one line that says what to change, printed once a machine."""
-    sys.exit(f"{Path(__file__).name}: {message}" if os.environ.get("LOCAL_RANK", "0") in ("", "0") else 1)
+def positive(text):
+    """An integer from 1 on, as a type for argparse, whose messages have the function's name."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
-def place():
-    """→ rank, world, local rank: torchrun's, or a world of one where it did not start this process."""
-    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    numbers = [os.environ.get(key, "") for key in keys[:3]]
-    if any(numbers) and not (all(map(str.isdecimal, numbers)) and all(os.environ.get(key) for key in keys)):
-        fail(f"{', '.join(keys)} are set in part, or not to numbers: start with torchrun, or unset them")
-    if 0 < (gpus := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE") or 1):
-        fail(f"more processes than the {gpus} GPUs here: lower --nproc_per_node")
-    return [int(number or default) for number, default in zip(numbers, (0, 1, 0))]
+def nonnegative(text):
+    """A finite number from 0 on."""
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
 def parse_args(argv=None):
-    """The complete settings, or an exit with one line that says what to change."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = fail  # one line, no usage
+    """The complete settings, or an exit that says what to change."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False, add_help=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, boolean = parser.add_argument, argparse.BooleanOptionalAction
-    add("--data", default="glyphs", help="glyphs (default), cifar10, imagenet, or the path of a folder of images")
-    add("--recipe", choices=DATA, help="whose settings to take, where not those of --data; a folder needs it")
-    add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it (default: data)")
-    add("--weights", nargs=4, type=float, default=[1.0, 0.0, 1.0, 0.0], help="of Eq. 6 (default: 1 0 1 0, DSSL)")
-    add("--pairs", type=int, default=1, help="pairs of SVs an image, whose losses are summed; 2 cost what DSSL does")
-    add("--hv-from", choices=["sv", "image"], default="sv", help="make HVs of the SVs they learn from or of fresh ones")
-    add("--out", help="folder to write into, and to go on from (default: under runs/, named by the command)")
-    add("--seed", type=int, default=0, help="of all that is random (default: 0)")
-    add("--workers", type=int, default=8, help="processes a rank that read streamed images (default: 8)")
-    add("--bf16", action=boolean, help="compute in bfloat16 (default: on GPUs that can)")
-    add("--compile", action="store_true", help="torch.compile the backbone, for one GPU (SyncBN breaks the graph)")
-    recipe = parser.add_argument_group("recipe", f"defaults for {', '.join(DATA)}")
-    for key, (*defaults, allowed, meaning) in RECIPES.items():
-        choices, kind = allowed if isinstance(allowed, list) else None, type(defaults[0])
-        how = dict(action=boolean) if kind is bool else dict(type=kind, choices=choices)
-        recipe.add_argument("--" + key.replace("_", "-"), help=f"{meaning} ({', '.join(map(str, defaults))})", **how)
+    add("--data", default="glyphs", help="glyphs, cifar10, imagenet, or a folder of images")
+    add("--recipe", choices=RECIPES, help="whose settings to take; a folder needs it")
+    add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it")
+    add("--weights", nargs=4, metavar="W", type=nonnegative, default=[1.0, 0.0, 1.0, 0.0], help="alpha to delta, Eq. 6")
+    add("--pairs", type=positive, default=1, help="pairs of SVs, their losses summed; 2 cost what DSSL does")
+    add("--hv-from", choices=["sv", "image"], default="sv", help="make HVs of the SVs they learn from or of new ones")
+    add("--out", help="folder to write into and to go on from; without it, a new one under runs/")
+    add("--seed", type=int, default=0, help="of all that is random")
+    add("--workers", type=int, default=8, help="processes that read images, a rank")
+    add("--bf16", action=boolean, default=torch.cuda.is_bf16_supported(including_emulation=False), help="or in float")
+
+    add("--arch", choices=["small", "resnet18", "resnet34", "resnet50", "resnet101"], help="backbone")
+    add("--stem", choices=["cifar", "imagenet"], help="3 x 3 and no max-pool, or 7 x 7 and max-pool")
+    add("--size", type=positive, help="pixels a side of a view")
+    add("--crop", type=nonnegative, help="smallest crop, as a share of the image's area")
+    add("--flip", action=boolean, help="mirror SVs at random")
+    add("--blur", action=boolean, help="blur SVs at random")
+    add("--heavy", help="SV to HV: ra(n,m), ra(n,m,paper), ua, jigsaw(n); a+b: a, then b; 0.9*a|0.1*b: either")
+    add("--batch", type=positive, help="images a step, over all ranks")
+    add("--epochs", type=positive, help="passes over the images")
+    add("--lr", type=nonnegative, help="learning rate for a batch of 256; it scales with the batch")
+    add("--wd", type=nonnegative, help="weight decay")
+    add("--warmup", type=nonnegative, help="epochs of linear warm-up before the cosine")
+    add("--k", type=positive, help="neighbours of the kNN monitor")
+    add("--knn-every", type=positive, help="epochs from one kNN monitor to the next")
+    add("--dim", type=positive, help="features of the projections")
+    add("--temperature", type=nonnegative, help="of NT-Xent")
+    add("--lars", action=boolean, help="LARS for the optimizer, not plain SGD")
+    known, _ = parser.parse_known_args(argv)
+    recipe = known.recipe or known.data
+    if recipe not in RECIPES:
+        parser.error(f"--data {known.data} is none of {', '.join(RECIPES)}: for a folder, add --recipe and one of them")
+    parser.set_defaults(recipe=recipe, **RECIPES[recipe])
+    add("-h", "--help", action="help", help="show this, with the recipe of --data")
     args = parser.parse_args(argv)
 
-    args.recipe = args.recipe or args.data
-    if args.recipe not in DATA:
-        fail(f"--data {args.data} is none of {', '.join(DATA)}: for a folder, add --recipe with one of them")
-    name = " ".join([Path(__file__).stem, *(sys.argv[1:] if argv is None else argv)])  # a folder for each command
-    args.out = args.out or "runs/" + re.sub(r"[^\w.+]+", "-", name).strip("-")
-    for key, row in RECIPES.items():
-        if getattr(args, key) is None:
-            setattr(args, key, row[DATA.index(args.recipe)])
-    args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if args.bf16 is None else args.bf16
-
-    ranges = {key: row[3] for key, row in RECIPES.items() if isinstance(row[3], tuple)}
-    for key, (low, high) in (ranges | dict(pairs=(1, 100), seed=(0, 2**63 - 1), workers=(0, 1000))).items():
-        if not low <= getattr(args, key) <= high:
-            fail(f"--{key.replace('_', '-')} must be from {low:g} to {high:g}, not {getattr(args, key)}")
-    _, world, _ = place()
-    if not any(args.weights) or not all(0 <= w < MANY for w in args.weights):
-        fail("--weights must be 0 or more, and not all 0")
-    if args.batch % world or args.batch < 2 * world:
-        fail(f"--batch {args.batch} does not divide by the {world} ranks into 2 or more images each")
-    if args.warmup >= args.epochs:
-        fail(f"--warmup {args.warmup:g} is not shorter than --epochs {args.epochs}")
+    if not any(args.weights):
+        parser.error("--weights must not all be 0")
+    if args.size < 8 or args.crop > 1 or args.warmup >= args.epochs:
+        parser.error("--size must be 8 or more, --crop 1 or less, --warmup shorter than --epochs")
+    if args.temperature == 0:
+        parser.error("--temperature must be above 0")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) and not args.out:
+        parser.error("--max-restarts needs --out, or each restart would begin anew")
     try:
         augment.parse_policy(args.heavy, args.size)
     except ValueError as error:
-        fail(f"--heavy: {error}")
+        parser.error(f"--heavy: {error}")
     return args
 
 
-# ------------------------------------------------------------------------------------------------- kNN monitor
+# ------------------------------------------------------------ monitors
+
+@torch.no_grad()
+def spread(z):
+    """√d times the std of normalised projections (v, b, d) over b: 0 is collapse to a point; 1 proves little."""
+    return F.normalize(z.float(), dim=-1).std(1).mean() * z.shape[-1] ** 0.5
+
 
 def knn_predict(query, bank, labels, classes, k=200, t=0.1):
     """Weighted nearest-neighbour classification by cosine similarity (Wu et al., arXiv 1805.01978).
 
     query (q, d), bank (n, d), labels (n,) in [0, classes) → (q,) labels. The k nearest rows of the bank (all of them,
-    where it has fewer) vote for their labels, each with weight exp(similarity / t).
+    where it has fewer) vote for their labels, each with weight exp(similarity / t); rows with labels below 0 do not.
     """
-    bank, out = F.normalize(bank, dim=1, eps=1e-6), []  # half precision has no smaller eps
-    for part in F.normalize(query, dim=1, eps=1e-6).split(256):  # so that no q × n similarities are in memory
-        similarity, nearest = (part @ bank.T).float().topk(min(k, len(bank)))
+    norms = torch.linalg.vector_norm(bank, dim=1, dtype=torch.float).clamp(min=1e-6)  # to normalise it would copy it
+    out = []
+    for part in F.normalize(query, dim=1, eps=1e-6).split(32):  # so that no q × n similarities are in memory
+        similarity = (part @ bank.T).float().div_(norms).masked_fill_(labels < 0, -torch.inf)
+        similarity, nearest = similarity.topk(min(k, len(bank)))
         votes = torch.zeros(len(part), classes, device=part.device)
-        out.append(votes.scatter_add_(1, labels[nearest], (similarity / t).exp()).argmax(1))
+        votes.scatter_add_(1, labels[nearest].clamp(min=0), (similarity / t).exp())
+        out.append(votes.argmax(1))
     return torch.cat(out)
 
 
 @torch.no_grad()
 def features(backbone, loader, bf16):
     """Features (n, d), BN in eval mode, and labels (n,) of this rank's share of the images."""
-    out = []
+    n = sum(map(len, loader.order))  # which images make up each batch
+    done = 0
     backbone.eval()
-    for x, labels in loader:
+    for x, label in loader:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             y = backbone(augment.normalize(x / 255))
-        out.append((y.half() if y.is_cuda else y.float(), labels))  # ImageNet's bank takes 5 GB in half precision
+        if done == 0:  # ImageNet's bank takes 5 GB in half precision: it is never there twice
+            bank = y.new_empty(n, y.shape[1], dtype=torch.half if y.is_cuda else torch.float)
+            labels = label.new_empty(n)
+        bank[done : done + len(y)], labels[done : done + len(y)] = y, label
+        done += len(y)
+        say(f"kNN: {done:,} of {n:,} images", live=True)
     backbone.train()
-    return [torch.cat(parts) for parts in zip(*out)]
+    return bank, labels
 
 
 def gather(x):
-    """(b, …) on each rank → (world · b, …) on every rank, without gradient."""
+    """(n, …) on each rank → (world · n, …) on every rank, without gradient."""
     if dist.get_world_size() == 1:  # on CPU gloo would copy on a thread of its own, and slow torch's down for good
         return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
+    parts = x.new_empty(dist.get_world_size(), *x.shape)
+    parts[dist.get_rank()] = x
+    for rank, part in enumerate(parts):
+        dist.broadcast(part, rank)
+    return parts.flatten(0, 1)
 
 
 def knn_accuracy(backbone, bank_loader, query_loader, classes, k=200, bf16=False):
     """kNN top-1 in percent over the queries of all ranks, which must hold the same weights and BN statistics."""
     bank, labels = map(gather, features(backbone, bank_loader, bf16))
-    bank, labels = bank[labels >= 0], labels[labels >= 0]  # below 0: no image
     query, truth = features(backbone, query_loader, bf16)
     right = knn_predict(query, bank, labels, classes, k) == truth
-    count = torch.stack([right.sum(), (truth >= 0).sum()])
+    count = torch.stack([right.sum(), (truth >= 0).sum()]).double()  # below 0: no image
     dist.all_reduce(count)
-    return 100 * count[0].item() / count[1].item()
+    return (100 * count[0] / count[1]).item()
 
 
-# ------------------------------------------------------------------------------------------------- train
-
-def join(rank, world, local):
-    """→ this rank's device, once all have joined. A world of one goes the same way, and needs no port."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local)
-        torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try what is fastest for it
-    alone = dict(store=dist.HashStore(), rank=0, world_size=1) if world == 1 else {}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo", **alone)
-    sys.stdout = sys.stdout if rank == 0 else None  # one rank prints for all
-    return torch.device("cuda", local) if cuda else torch.device("cpu")
-
-
-def write(path, content):
-    """All or nothing: what torch.save takes, or text, goes into another file, which then replaces the old one."""
-    part, data = path.with_name(f"{path.name}.{os.getpid()}.part"), io.BytesIO()
-    data.write(content.encode()) if isinstance(content, str) else torch.save(content, data)
-    try:
-        with open(part, "wb") as file:
-            file.write(data.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())  # the content is on the disk before the name is
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error.strerror}); what was there before is still there") from None
-
-
-def load_checkpoint(out, settings):
-    """The state of the run in this folder, or None where there is none yet. Fails where it is another run's."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "checkpoint.pt").exists():
-        return None
-    try:
-        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        there = {key: state["settings"].get(key) for key in settings}
-    except Exception as error:  # garbage can make the unpickler raise anything
-        fail(f"{out}/checkpoint.pt cannot be read ({type(error).__name__}): remove it, or take another --out")
-    for key in settings:
-        if settings[key] != there[key]:
-            why = " (the learning rate falls to 0 with them: to train for longer, begin anew)" * (key == "epochs")
-            fail(f"{out} holds a run with {key} {there[key]}, not {settings[key]}{why}: take that, or another --out")
-    return state
-
+# ------------------------------------------------------------ train
 
 def learning_rate(step, steps, warmup, base):
     """Linear warm-up over the first `warmup` steps, then half a cosine from base to 0."""
@@ -356,148 +325,207 @@ def learning_rate(step, steps, warmup, base):
     return base * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def train(args):
-    # data
-    rank, world, local = place()
-    train_set, test_set = augment.load_data(args.data, args.root, args.size, download=world == 1)
-    counts = [len(data.images) if data else 0 for data in (train_set, test_set)]
-    if args.batch > counts[0]:
-        fail(f"--batch {args.batch} is larger than the {counts[0]} training images: lower it")
+def make_views(crops, heavy, args):
+    """Crops (b, v, c, h, w) → SVs and HVs in [0, 1], (2 · pairs, b, c, h, w) each, none where no weight needs them.
 
-    # the run in --out, if there is one, goes on; rank 0 alone reads and writes there
-    out, settings = Path(args.out).expanduser(), {"script": Path(__file__).stem, "images": counts}
-    settings |= {key: value for key, value in vars(args).items() if key not in FREE}
-    message = [load_checkpoint(out, settings) if rank == 0 else None, settings]
-    device = join(rank, world, local)
-    if world > 1:
-        dist.broadcast_object_list(message, device=torch.device("cpu"))
-    state, theirs = message
-    if odd := [key for key in settings if settings[key] != theirs[key]]:
-        fail(f"rank {rank} has other {', '.join(odd)} than rank 0: start all with the same flags and data")
-    history = state["history"] if state else []  # an entry an epoch, the lines of log.jsonl
-
-    # views
+    v is 2 · pairs or, with --hv-from image, twice that: HVs are then made of SVs of their own, the second half.
+    """
     alpha, beta, gamma, delta = args.weights
-    use_sv, use_hv, n = bool(alpha or gamma or delta), bool(beta or gamma or delta), 2 * args.pairs
-    crops = 2 * n if use_sv and use_hv and args.hv_from == "image" else n  # then HVs start from fresh SVs
-    heavy = augment.parse_policy(args.heavy, args.size)
+    n = 2 * args.pairs * len(crops)
+    views = augment.standard(rearrange(crops, "b v c h w -> (v b) c h w"), args.flip, args.blur)
+    sv, source = views[:n], views[-n:]  # all of them both times, or the two halves
+    hv = heavy(source) if beta or gamma or delta else source[:0]
+    sv = sv if alpha or gamma or delta else sv[:0]
+    return [rearrange(x, "(v b) c h w -> v b c h w", b=len(crops)) for x in (sv, hv)]
+
+
+def train_epoch(epoch, ddp, optimizer, loader, heavy, args, out):
+    """One pass over the images, the first is epoch 1 → what the log says of it."""
+    rank, world, steps = dist.get_rank(), dist.get_world_size(), len(loader)
+    pairs = [slice(k, k + 2) for k in range(0, 2 * args.pairs, 2)]
+    totals = torch.zeros(2, dtype=torch.float64, device=loader.device)  # of loss and std
+    start = time.time()
+    loader.set_epoch(epoch - 1)
+    for i, (crops, _) in enumerate(loader):
+        step = (epoch - 1) * steps + i
+        torch.manual_seed(hash((args.seed, step, rank)))  # so that nothing random has to be saved
+        lr = learning_rate(step, args.epochs * steps, args.warmup * steps, args.lr * args.batch / 256)
+        optimizer.param_groups[0]["lr"] = lr
+
+        sv, hv = make_views(crops, heavy, args)
+        with torch.autocast(crops.device.type, torch.bfloat16, enabled=args.bf16):
+            z, z_hat = ddp(augment.normalize(sv), augment.normalize(hv))
+        if world > 1:  # negatives come from all ranks
+            z = [Gather.apply(x.float()) for x in z]
+            z_hat = [Gather.apply(x.float()) for x in z_hat]
+        loss = sum(dssl_loss(z[pair], z_hat[pair], args.temperature, args.weights) for pair in pairs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        totals += torch.stack([loss.detach(), spread(torch.stack(z + z_hat))])
+        if step == 0 and rank == 0:
+            rows = [("SV", x[:10]) for x in sv] + [("HV", x[:10]) for x in hv]
+            augment.draw_views(rows, out / "views.png", scale=max(1, 96 // args.size))
+        if i % 10 == 9:
+            rate = (i + 1) * args.batch / (time.time() - start)
+            minutes = (args.epochs * steps - step) * args.batch / rate / 60
+            say(f"epoch {epoch:3d}  step {i + 1}/{steps}  {rate:,.0f} images/s  {minutes:.0f} min left", live=True)
+
+    dist.all_reduce(totals)
+    loss, std = (totals / (steps * world)).tolist()
+    seconds = time.time() - start
+    for buffer in ddp.module.buffers():  # without SyncBN each rank has BN statistics of its own: now all have rank 0's
+        dist.broadcast(buffer, 0)
+    if not all(x.isfinite().all() for x in (totals, *ddp.module.state_dict().values())):
+        sys.exit(f"the loss or a weight is not finite in epoch {epoch}, which is not saved: lower --lr")
+    return dict(loss=loss, std=std, lr=lr, images_per_s=steps * args.batch / seconds, seconds=seconds)
+
+
+def say(text, live=False):
+    """Rank 0 prints for all, in ASCII. A live line is for terminals alone, where the next one takes its place."""
+    terminal = os.isatty(1)
+    if dist.get_rank() == 0 and (terminal or not live):
+        print(f"{text:79}" if terminal else text, end="\r" if live else "\n", flush=True)
+
+
+def report(history, epochs):
+    """Print the last epoch's line, and warnings in words."""
+    first, last = history[0], history[-1]
+    line = f"epoch {last['epoch']:3d}/{epochs}"
+    if "loss" in last:
+        line += "  loss {loss:.4f}  std {std:.2f}  {images_per_s:,.0f} images/s  {seconds:.0f} s".format(**last)
+    if "knn" in last:
+        line += f"  kNN {last['knn']:.2f} %"
+    say(line)
+    if last.get("std", 1) < 0.2:
+        say("WARNING: std is low: all images are being projected to one point (collapse)")
+    late = last["epoch"] >= max(1, epochs / 10)
+    if late and "knn" in last and 100 - last["knn"] > 0.95 * (100 - first["knn"]):  # less than 1/20 of the way is done
+        say("WARNING: kNN is hardly above the untrained network's: nothing useful is being learnt")
+
+
+def join():
+    """Join torchrun's ranks or, where it did not start this process, a world of one → this rank's device."""
+    cuda = torch.cuda.is_available()
+    if not dist.is_initialized():  # as it is in a notebook that trains for the second time
+        alone = {} if os.environ.get("WORLD_SIZE") else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("nccl" if cuda and dist.is_nccl_available() else "gloo", **alone)
+    if not cuda:
+        return torch.device("cpu")
+    device = torch.device("cuda", dist.get_node_local_rank(0))
+    torch.cuda.set_device(device)  # where processes are more than GPUs, torch says so here
+    torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try what is fastest for it
+    return device
+
+
+def save(content, path):
+    """All or nothing: into another file, which then replaces the old one."""
+    data, part = io.BytesIO(), path.with_suffix(".part")
+    torch.save(content, data)  # into memory: writing a file itself, torch does not say that the disk is full
+    part.write_bytes(data.getbuffer())
+    part.replace(path)
+
+
+def load(path, settings):
+    """What a run with these settings has saved there, or None; rank 0 reads it for all ranks."""
+    state = [None]
+    if dist.get_rank() == 0 and path.exists():
+        state = [torch.load(path, map_location="cpu", weights_only=True)]
+    dist.broadcast_object_list(state)
+    state = state[0]
+    there = state["settings"] if state else settings
+    odd = [f"{key} {there.get(key)}, not {value}" for key, value in settings.items() if value != there.get(key)]
+    if odd:
+        sys.exit(f"{path} is of a run with {'; '.join(odd)}: take that, or another --out")
+    return state
+
+
+def train(args):
+    # the run in --out, if there is one, goes on
+    device = join()
+    rank, world, script = dist.get_rank(), dist.get_world_size(), Path(__file__).stem
+    out = Path(args.out or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").expanduser()
+    settings = {"script": script} | {key: value for key, value in vars(args).items() if key not in FREE}
+    state = load(out / "checkpoint.pt", settings)
+    history = state["history"] if state else []  # an entry an epoch, the lines of log.jsonl
+    if len(history) > args.epochs:  # it begins with epoch 0
+        say(f"{str(out)!a} is complete: nothing is left to train")
+        return
+
+    # data
+    train_set, test_set = augment.load_data(args.data, args.root, args.size, download=world == 1)
+    images = [len(data.images) if data else 0 for data in (train_set, test_set)]
+    expected = [state["images"] if state else images]  # rank 0's: each node may have its own copy
+    dist.broadcast_object_list(expected)
+    if images != expected[0]:
+        sys.exit(f"rank {rank} has {images} images (to train, to test), this run {expected[0]}")
+    if args.batch % world or not 2 * world <= args.batch <= images[0]:
+        sys.exit(f"--batch must divide by {world} ranks into 2 or more each, and be at most the {images[0]} images")
+    crops = 4 * args.pairs if args.hv_from == "image" else 2 * args.pairs
     share = dict(rank=rank, world=world, device=device, workers=args.workers)
     loader = augment.TrainLoader(train_set, args.batch, crops, args.size, (args.crop, 1), args.seed, **share)
     monitor = [augment.EvalLoader(data, 256, args.size, **share) for data in (train_set, test_set)] if test_set else []
+    classes = max(1, len(train_set.classes))
+    k = min(args.k, max(1, images[0] // classes // 4))  # or images of a small class find too few of their own
+    heavy = augment.parse_policy(args.heavy, args.size)
 
     # model
     torch.manual_seed(args.seed)
     model = SimCLR(args).to(device, memory_format=torch.channels_last)  # 1.5 times as fast on CPU
     if device.type == "cuda" and world > 1:  # SyncBatchNorm exists on GPUs alone
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if args.compile:
-        model.backbone.compile(dynamic=False)  # static shapes, though the monitor's batches have others
     ddp = nn.parallel.DistributedDataParallel(model)
     ddp.broadcast_buffers = False  # once an epoch will do; the argument of this name is deprecated
-    base_lr, steps = args.lr * args.batch / 256, len(loader)
-    optimizer = LARS if args.lars else torch.optim.SGD
-    optimizer = optimizer(model.parameters(), base_lr, momentum=0.9, weight_decay=args.wd)
+    Optimizer = LARS if args.lars else torch.optim.SGD
+    optimizer = Optimizer(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd)
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
 
-    used = {term: weight for term, weight in zip(TERMS, args.weights) if weight}
-    words = " + ".join(f"{weight:g} {term}" for term, weight in used.items())
-    print(f"{settings['script']} on {args.data} ({counts[0]:,} images): {words}, pairs {args.pairs}",
-          f"heavy {args.heavy}" if use_hv else "no HVs", "with kNN" if monitor else "no labels, so no kNN", sep=", ")
-    print(f"{args.arch} at {args.size} px, batch {args.batch}, lr {base_lr:g}, {args.epochs} epochs of {steps} steps, "
-          f"{world} × {device.type}, into {out}", f"after epoch {len(history) - 1}" if history else "")
+    code = zlib.crc32(Path(__file__).read_bytes() + Path(augment.__file__).read_bytes())
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=bool(args.out))  # a new folder must not be another run's
+        (out / "settings.json").write_text(json.dumps(vars(args) | dict(script=script, images=images), indent=2))
+    say(f"{script} on {args.data!a}: {images[0]:,} images, {f'kNN with k {k}' if monitor else 'no labels, so no kNN'}")
+    say(f"{args.weights} x (SV <-> SV, HV <-> HV, SV <- HV, HV <- SV), pairs {args.pairs}, heavy {args.heavy}")
+    say(f"{args.arch} at {args.size} px, batch {args.batch}, lr {args.lr * args.batch / 256:g}, "
+        f"{args.epochs} epochs of {len(loader)} steps, {world} x {device.type}")
+    say(f"if it is interrupted, the same command with --out {str(out)!a} goes on")
+    if state and state["code"] != code:
+        say("WARNING: the code has changed since this run's last epoch")
+
     for epoch in range(len(history), args.epochs + 1):  # epoch 0 trains nothing: it measures the untrained network
-        loader.set_epoch(epoch - 1)
-        sums, start = torch.zeros(2 + len(used), dtype=torch.float64, device=device), time.time()  # loss, std, terms
-        for i, (batch, _) in enumerate(loader if epoch else (), 1):
-            step = (epoch - 1) * steps + i - 1
-            torch.manual_seed(hash((args.seed, step, rank)))  # so that nothing random has to be saved
-            lr = learning_rate(step, args.epochs * steps, args.warmup * steps, base_lr)
-            optimizer.param_groups[0]["lr"] = lr
-
-            # SVs are the first m; HVs come from the last m, which are the first m unless there are fresh ones for them
-            sv = augment.standard(rearrange(batch, "b v c h w -> (v b) c h w"), args.flip, args.blur)
-            m = n * len(batch)
-            v = augment.normalize(sv[:m]).chunk(n) if use_sv else ()
-            hv = heavy(sv[-m:]).chunk(n) if use_hv else ()
-            v_hat = tuple(augment.normalize(x) for x in hv)
-            if step == 0 and rank == 0:
-                rows = [("SV", x[:10]) for x in sv.chunk(crops)] + [("HV", x[:10]) for x in hv]
-                augment.draw_views(rows, out / "views.png", scale=max(1, 96 // args.size))
-
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                outputs, z = ddp(v, v_hat)
-            outputs = [[Gather.apply(x.float()) for x in views] for views in outputs]  # negatives come from all ranks
-            pairs = [[o[k : k + 2] for o in outputs] for k in range(0, n, 2)]  # what dssl_loss takes
-            terms = [  # each alone, for the log
-                sum(dssl_loss(*pair, args.temperature, TERMS[term]) for pair in pairs) for term in used]
-            loss = sum(weight * term for weight, term in zip(used.values(), terms))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-            with torch.no_grad():  # std, of normalised projections, times √d: 1 in health, 0 in collapse
-                std = F.normalize(z.float(), dim=-1).std(1).mean() * z.shape[-1] ** 0.5
-                sums += torch.stack([loss, std, *terms])
-            if i % 10 == 0 and sys.stdout and sys.stdout.isatty():
-                rate = i * args.batch / (time.time() - start)
-                left = (args.epochs * steps - step) * args.batch / rate / 60
-                print(f"epoch {epoch:3d}  step {i}/{steps}  {rate:,.0f} images/s  {left:.0f} min left     ", end="\r")
-
-        dist.all_reduce(sums)
-        loss, std, *terms = (sums / (steps * world)).tolist()
-        seconds = time.time() - start
-        for buffer in model.buffers():  # without SyncBN each rank has BN statistics of its own: rank 0's for everybody
-            dist.broadcast(buffer, 0)
-        if not all(x.isfinite().all() for x in (sums, *model.state_dict().values())):
-            fail(f"the loss or a weight is not finite in epoch {epoch}: lower --lr; {out} has the epoch before")
-        entry, line = dict(epoch=epoch), f"epoch {epoch:3d}/{args.epochs}"
-        if epoch:
-            rate = steps * args.batch / seconds
-            entry |= dict(loss=loss, terms=dict(zip(used, terms)), std=std, lr=lr, images_per_s=rate, seconds=seconds)
-            line += f"  loss {loss:.4f}  std {std:.2f}  {rate:,.0f} images/s  {seconds:.0f} s"
+        entry = dict(epoch=epoch)
+        if epoch > 0:
+            entry |= train_epoch(epoch, ddp, optimizer, loader, heavy, args, out)
         if monitor and (epoch % args.knn_every == 0 or epoch == args.epochs):
-            entry["knn"] = knn_accuracy(model.backbone, *monitor, len(train_set.classes), args.k, args.bf16)
-            line += f"  kNN {entry['knn']:.2f} %" + " (untrained)" * (epoch == 0)
+            entry["knn"] = knn_accuracy(model.backbone, *monitor, classes, k, args.bf16)
         history.append(entry)
-        print(line)
-        if epoch and std < 0.2:
-            print("WARNING: the std is low: all images are being projected to one point (collapse)")
-        if epoch >= max(1, args.epochs / 10) and entry.get("knn", math.inf) < history[0].get("knn", 0) + 2:
-            print("WARNING: kNN is not clearly above the untrained network's: nothing useful is being learnt")
-        if rank == 0:  # the checkpoint last: what it does not know has not happened
-            backbone = {key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}
-            write(out / "backbone.pt", backbone)
-            write(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
-            write(out / "checkpoint.pt", dict(
-                settings=settings, history=history, model=model.state_dict(), optimizer=optimizer.state_dict()))
+        if rank == 0:
+            report(history, args.epochs)
+            save({key: x.cpu().contiguous() for key, x in model.backbone.state_dict().items()}, out / "backbone.pt")
+            (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+            content = dict(settings=settings, images=images, code=code, history=history)
+            content |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+            save(content, out / "checkpoint.pt")  # the last: what it does not know has not happened
 
-    print(f"the backbone is in {out}/backbone.pt")
+    say(f"complete: {str(out)!a} has the backbone")
     if monitor:
-        print("its linear evaluation:", shlex.join([
-            "python", str(Path(__file__).with_name("linear_eval.py")), f"{out}/backbone.pt", "--data", args.data,
-            "--root", args.root, "--recipe", args.recipe, "--size", f"{args.size}"]))
+        say(f"its linear evaluation: python {str(Path(__file__).with_name('linear_eval.py'))!a} "
+            f"{str(out / 'backbone.pt')!a} --data {args.data!a} --root {args.root!a} "
+            f"--recipe {args.recipe} --size {args.size}")
 
 
 def main():
-    """Train, and end with one line where it is not this code's fault: no traceback, no process group left behind."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends, and costs the epoch under way
-    if sys.stdout:  # what a terminal cannot show must not end a run
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    args = parse_args()
+    atexit.register(os._exit, 1)  # once an error is printed, this rank ends: NCCL's group would wait for the others
     try:
-        end = train(parse_args())
-    except SystemExit as error:
-        end = error.code
-    except OSError as error:  # no such data, a full disk; the last line, since a worker's error brings its traceback
-        end = f"{Path(__file__).name}: {(str(error) or repr(error)).splitlines()[-1]}"
-    if dist.is_initialized():
-        if end:  # at once: the others may be waiting for this rank, and the end of NCCL's group would wait for them
-            if isinstance(end, str):
-                print(end, file=sys.stderr, flush=True)
-            os._exit(1)
-        dist.destroy_process_group()  # train()'s DDP is gone by now: with torch 2.11 the other order can wait for ever
-    sys.exit(end)
+        train(args)
+    except OSError as error:  # no such data, a full disk; the last line, since a worker's brings its traceback
+        sys.exit(f"{Path(__file__).name}: {(str(error) or repr(error)).splitlines()[-1]}")
+    atexit.unregister(os._exit)
+    dist.destroy_process_group()  # train()'s DDP is gone by now: with torch 2.11 the other order can wait for ever
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@ import contextlib
 import errno
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -185,9 +187,17 @@ def test_ema_moves_parameters_alone():
 def test_byol_targets(weights, targets):
     model = byol_dssl.BYOL(settings(byol_dssl, "--hidden", "16", "--weights", *map(str, weights)))
     x = torch.rand(4, 2, 3, 16, 16).unbind(1)
-    (p, z, p_hat, z_hat), y = model(x, x)
-    assert (len(z), len(z_hat)) == targets and y.shape == (4, 4, 16)
+    p, z, p_hat, z_hat, online = model(x, x)
+    assert (len(z), len(z_hat)) == targets and len(online) == 4
     assert all(not t.requires_grad for t in [*z, *z_hat]) and all(t.requires_grad for t in [*p, *p_hat])
+
+
+def projections(net, sv, hv):
+    """Those that are trained, a list of (b, d): what the std of the log watches."""
+    out = net(sv, hv)
+    if len(out) == 5:  # BYOL
+        return out[4]
+    return out[1] + out[3] if len(out) == 4 else out[0] + out[1]  # SimSiam, SimCLR
 
 
 @pytest.mark.parametrize("m, model", [(simsiam_dssl, "SimSiam"), (byol_dssl, "BYOL"), (simclr_dssl, "SimCLR")])
@@ -195,7 +205,7 @@ def test_each_view_has_its_own_batch_statistics(m, model):
     torch.manual_seed(0)
     net = getattr(m, model)(settings(m, "--weights", "1", "1", "1", "1"))
     a, b = torch.rand(2, 8, 3, 16, 16)
-    alone, together = net((a,), ())[1][0], net((a,), (5 * b,))[1][0]
+    alone, together = projections(net, [a], [])[0], projections(net, [a], [5 * b])[0]
     assert torch.allclose(alone, together, atol=1e-5)
 
 
@@ -244,6 +254,23 @@ def test_knn_against_a_loop(m, k):
 
 
 @pytest.mark.parametrize("m", METHODS)
+def test_rows_without_an_image_vote_for_nobody(m):
+    g = torch.Generator().manual_seed(0)
+    bank, labels = torch.randn(40, 6, generator=g), torch.randint(4, (40,), generator=g)
+    query, labels[::3] = torch.cat([bank[::3], torch.randn(50, 6, generator=g)]), -1
+    for k in (3, 1000):
+        assert torch.equal(m.knn_predict(query, bank, labels, 4, k=k), m.knn_predict(query, bank[labels >= 0], labels[labels >= 0], 4, k=k))
+
+
+class Batches(list):
+    """A loader in small: batches of 8 and, as augment's loaders, which images each is of."""
+
+    def __init__(self, images, labels):
+        super().__init__(zip(images.split(8), labels.split(8)))
+        self.order = [list(range(len(part))) for part, _ in self]
+
+
+@pytest.mark.parametrize("m", METHODS)
 def test_the_monitor_is_knn_predict_on_normalised_images(m, monkeypatch):
     """In eval mode, over all images that there are: a label of -1 says that there is none."""
     bank, query = (torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8) for n in (30, 20))
@@ -253,8 +280,13 @@ def test_the_monitor_is_knn_predict_on_normalised_images(m, monkeypatch):
     net.register_forward_pre_hook(lambda net, x: seen.append((x[0], net.training)))
     with undisturbed():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        monkeypatch.setattr(dist, "all_gather", None)  # in a world of one no large tensor goes through a collective
-        accuracy = m.knn_accuracy(net, zip(bank.split(8), labels.split(8)), zip(query.split(8), truth.split(8)), 3, k=5)
+        monkeypatch.setattr(dist, "broadcast", None)  # in a world of one no large tensor goes through a collective
+        banks, real, search = [], m.features, m.knn_predict
+        monkeypatch.setattr(m, "features", lambda *args: banks.append(real(*args)) or banks[-1])
+        monkeypatch.setattr(m, "knn_predict", lambda query, bank, *rest: banks.append(bank) or search(query, bank, *rest))
+        accuracy = m.knn_accuracy(net, Batches(bank, labels), Batches(query, truth), 3, k=5)
+    assert banks[-1].data_ptr() == banks[0][0].data_ptr()  # the bank is never copied
+    monkeypatch.undo()
     x = [TF.normalize(part / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).flatten(1) for part in (bank, query)]
     predicted = m.knn_predict(x[1], x[0][labels >= 0], labels[labels >= 0], 3, k=5)
     assert accuracy == pytest.approx(100 * (predicted == truth)[truth >= 0].float().mean().item())
@@ -925,37 +957,41 @@ def test_glyphs_are_the_same_everywhere():
     assert not torch.equal(a, augment.glyphs(50, 24, 1).images) and a.float().std() > 20 and labels.max() < 36
 
 
-# ------------------------------------------------------------------------------------------------- scripts: settings
+# ------------------------------------------------------------------------------------------------- the scripts' common code and their flags
 
-SHARED = ["make_backbone", "fail", "place", "parse_args", "knn_predict", "features", "gather", "knn_accuracy", "join",
-          "write", "load_checkpoint", "learning_rate", "main"]
+SHARED = ["make_backbone", "positive", "nonnegative", "spread", "knn_predict", "features", "gather", "knn_accuracy",
+          "learning_rate", "make_views", "say", "report", "join", "save", "load", "main"]
 
 
 def test_common_blocks_are_identical():
     for name in SHARED:
         assert len({inspect.getsource(getattr(m, name)) for m in METHODS}) == 1, name
-    for name in ("make_backbone", "fail", "place", "join", "main"):
+    for name in ("make_backbone", "positive", "nonnegative", "say", "join", "main"):
         assert inspect.getsource(getattr(linear_eval, name)) == inspect.getsource(getattr(simsiam_dssl, name)), name
     assert inspect.getsource(linear_eval.LARS) == inspect.getsource(simclr_dssl.LARS)
-    lines = [inspect.getsource(m.train).splitlines() for m in METHODS]
-    for other in lines[1:]:  # the model's name, its optimizer, its loss, its target: a handful of lines
-        assert len(set(lines[0]) ^ set(other)) <= 8, set(lines[0]) ^ set(other)
-    assert not any(word in "\n".join(map(inspect.getsource, [getattr(simsiam_dssl, n) for n in SHARED])) for word in ("BYOL", "SimCLR", "byol"))
+    for name, most in (("train", 5), ("train_epoch", 10), ("parse_args", 12)):  # changed lines: model, optimizer, loss, target
+        lines = [set(inspect.getsource(getattr(m, name)).splitlines()) for m in METHODS]
+        for other in lines[1:]:
+            assert len(lines[0] ^ other) <= most, lines[0] ^ other
+    assert not any(word in "".join(inspect.getsource(getattr(simsiam_dssl, name)) for name in SHARED) for word in ("BYOL", "SimCLR", "byol"))
 
 
 def refusal(function, *args):
-    """The one line with which it ends."""
-    with pytest.raises(SystemExit) as end:
+    """The one line with which it ends: sys.exit's or, after one line of usage, argparse's."""
+    with contextlib.redirect_stderr(io.StringIO()) as text, pytest.raises(SystemExit) as end:
         function(*args)
+    if end.value.code == 2:
+        usage, message = text.getvalue().splitlines()
+        return message
     assert isinstance(end.value.code, str) and "\n" not in end.value.code, end.value.code
     return end.value.code
 
 
 WRONG = """--weights 0 0 0 0|--weights 1 0 -1 0|--weights 1 0 1|--weights 1 0 1 0 1|--weights 1 0 x 0|--weights nan 0 0 0|--weights 1 0 inf 0
---batch 1|--batch 0|--batch x|--batch 2.5|--epochs 0|--epochs -3|--lr -1|--lr nan|--lr inf|--wd -1|--warmup 5|--size 4|--crop 0|--crop 1.1
---pairs 0|--hv-from nowhere|--data nowhere|--recipe nowhere|--arch resnet19|--stem big|--k 0|--knn-every 0|--workers -1
---heavy nothing|--heavy ra(2)|--heavy ra(2,99)|--heavy jigsaw(13)|--heavy 0.9*ra(2,5)|--seed -1|--dim 0|--nonsense 1
-nonsense|--flip yes|--batch""".replace("\n", "|").split("|")
+--batch 0|--batch x|--batch 2.5|--epochs 0|--epochs -3|--lr -1|--lr nan|--lr inf|--wd -1|--warmup 5|--size 4|--crop 1.1|--crop nan
+--pairs 0|--hv-from nowhere|--data nowhere|--recipe nowhere|--arch resnet19|--stem big|--k 0|--knn-every 0|--workers x
+--heavy nothing|--heavy ra(2)|--heavy ra(2,99)|--heavy jigsaw(13)|--heavy 0.9*ra(2,5)|--seed x|--dim 0|--nonsense 1
+nonsense|--flip yes|--batch|--dat cifar10""".replace("\n", "|").split("|")
 
 
 @pytest.mark.parametrize("m", METHODS)
@@ -963,13 +999,17 @@ def test_wrong_command_lines(m):
     for line in WRONG + dict(simsiam_dssl=["--layers 0"], byol_dssl=["--ema 1.1", "--ema -1", "--hidden 0"],
                              simclr_dssl=["--temperature 0", "--temperature nan", "--lars 1"])[m.__name__]:
         message = refusal(m.parse_args, line.split())
-        assert message.startswith(f"{m.__name__}.py: ") and len(message) > 35, (line, message)
+        said = any(word in message for word in line.split() if word[:2] == "--") or "unrecognized" in message
+        assert "error: " in message and said and message.isascii(), (line, message)
 
 
-@pytest.mark.parametrize("line", """|net.pt --protocol adam|net.pt --batch 0|net.pt --epochs 0|net.pt --lr -1|net.pt --lr nan|net.pt --size x
-net.pt --data nowhere|net.pt --recipe nowhere|net.pt --seed -1|net.pt --workers x|net.pt net.pt|--data glyphs""".replace("\n", "|").split("|"))
-def test_wrong_command_lines_of_linear_eval(line):
-    refusal(linear_eval.parse_args, line.split())
+@pytest.mark.parametrize("line", """|net.pt --protocol adam|net.pt --batch 0|net.pt --epochs 0|net.pt --lr x|net.pt --size x|net.pt --size 7|net.pt --prot sgd
+net.pt --data nowhere|net.pt --recipe nowhere|net.pt --seed x|net.pt --workers x|net.pt net.pt|--data glyphs""".replace("\n", "|").split("|"))
+def test_wrong_command_lines_of_linear_eval(line, capsys):
+    with pytest.raises(SystemExit) as end:
+        linear_eval.parse_args(line.split())
+    usage, error = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and usage.startswith("usage: ") and " error: " in error
 
 
 @pytest.mark.parametrize("line", """--size 4|--size x|--nonsense|--heavy|--seed x|--heavy nothing|--heavy jigsaw(20)|--heavy ra(0,5)|missing.jpg
@@ -979,45 +1019,43 @@ def test_wrong_command_lines_of_augment(line, monkeypatch):
     assert refusal(augment.main).startswith("augment.py: ")
 
 
-@pytest.mark.parametrize("environment, expected", [
-    ("", (0, 1, 0)), ("RANK= WORLD_SIZE=", (0, 1, 0)), ("MASTER_ADDR=host MASTER_PORT=1 LOCAL_WORLD_SIZE=0", (0, 1, 0)),
-    ("RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 MASTER_ADDR=host MASTER_PORT=1", (3, 4, 1)),
-    ("RANK=0", None), ("WORLD_SIZE=2", None), ("LOCAL_RANK=0", None), ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=0", None),
-    ("RANK= WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=host MASTER_PORT=1", None),
-    ("RANK=a WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=host MASTER_PORT=1", None)])
-def test_started_by_torchrun_or_not(environment, expected, monkeypatch):
+@pytest.mark.parametrize("m", METHODS)
+@pytest.mark.parametrize("name", simsiam_dssl.RECIPES)
+def test_a_recipe_is_complete_shown_by_help_and_overridden_by_flags(m, name, capsys):
+    args, recipe = vars(m.parse_args(["--data", name])), m.RECIPES[name]
+    assert None not in [args[key] for key in args if key != "out"] and all(args[key] == recipe[key] for key in recipe)
+    assert vars(m.parse_args(["--data", "photos", "--recipe", name])) == args | dict(data="photos")
+    for key, value in recipe.items():
+        if not isinstance(value, (bool, str)):
+            other = type(value)(value + 1) if key not in ("crop", "ema") else 0.5
+            assert vars(m.parse_args(["--data", name, "--epochs", "30", "--heavy", "ua", "--" + key.replace("_", "-"), str(other)]))[key] == other
+    with pytest.raises(SystemExit):
+        m.parse_args(["--data", name, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.isascii() and all(f"(default: {recipe[key]})" in text for key in ("arch", "batch", "epochs", "lr", "heavy"))
+
+
+def test_restarts_need_a_folder(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert "--max-restarts needs --out" in refusal(simsiam_dssl.parse_args, [])
+    simsiam_dssl.parse_args(["--out", "somewhere"])
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    simsiam_dssl.parse_args([])
+
+
+@pytest.mark.parametrize("environment", ["", "RANK= WORLD_SIZE=", "MASTER_ADDR=host MASTER_PORT=1 LOCAL_WORLD_SIZE=0"])
+def test_a_world_of_one_needs_no_torchrun(environment, monkeypatch):
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(key, raising=False)
     for setting in environment.split():
         monkeypatch.setenv(*setting.split("="))
-    if expected:
-        assert tuple(simsiam_dssl.place()) == expected
-    else:
-        assert "start with torchrun" in refusal(simsiam_dssl.parse_args, [])
+    with undisturbed():
+        for _ in range(2):  # and what has joined does not join again
+            assert simsiam_dssl.join() == torch.device("cpu")
+            assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
 
 
-def test_more_ranks_than_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for ranks in ("", "1", "2", "3"):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        if ranks == "3":
-            assert "more processes than the 2 GPUs" in refusal(simsiam_dssl.place)
-        else:
-            simsiam_dssl.place()
-
-
-def test_flags_and_folders():
-    for m in METHODS:
-        for i, name in enumerate(m.DATA):
-            args = vars(m.parse_args(["--data", name]))
-            assert None not in args.values() and all(args[key] == row[i] for key, row in m.RECIPES.items())
-        runs = [m.parse_args(line.split()).out for line in (
-            "", "--weights 1 0 0 0", "--weights 1 0 0 0 --pairs 2", "--data cifar10", "--heavy ua", "--heavy ra(2,5)+jigsaw(4)",
-            "--heavy ra(2,5)|jigsaw(4)", "--hv-from image", "--seed 1", "--lr 0.5", "--no-blur", "--blur")]
-        assert len(set(runs)) == len(runs) and runs[0] == f"runs/{m.__name__}" and runs[1] == f"{runs[0]}-weights-1-0-0-0"
-
-
-# ------------------------------------------------------------------------------------------------- scripts: what each recipe builds
+# ------------------------------------------------------------------------------------------------- what each recipe builds: heads, optimizer, schedule, target
 
 # script and data: lr for the batch, momentum, weight decay, warm-up epochs, epochs, batch, optimizer
 OPTIMIZERS = {
@@ -1170,29 +1208,35 @@ def test_target_follows_the_step(folder, tmp_path):
     assert torch.allclose(state["target.0.conv1.weight"], (start + state["backbone.conv1.weight"]) / 2, atol=1e-7)
 
 
-# ------------------------------------------------------------------------------------------------- scripts: a run
+# ------------------------------------------------------------------------------------------------- a run: its views, loss, log, warnings and files
 
 
 @pytest.mark.parametrize("m", METHODS)
 def test_short_run(m, folder, tmp_path, capsys, monkeypatch):
     run(m, folder, tmp_path / "a")
     text = capsys.readouterr().out
-    assert "1 SV ↔ SV + 1 SV ← HV, pairs 1, heavy ua" in text and f"{Path(m.__file__).with_name('linear_eval.py')}" in text
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {"checkpoint.pt", "backbone.pt", "log.jsonl", "views.png"}
+    assert text.isascii() and "[1.0, 0.0, 1.0, 0.0] x (SV <-> SV, HV <-> HV, SV <- HV, HV <- SV), pairs 1, heavy ua" in text
+    assert f"{m.RECIPES['glyphs']['lr'] * 12 / 256:g}, 2 epochs of 3 steps" in text and f"--out {str(tmp_path / 'a')!a} goes on" in text
+    lines = [line for line in text.splitlines() if line.startswith("epoch ")]
+    for epoch, (line, entry) in enumerate(zip(lines, log(tmp_path / "a"))):
+        loss = rf"  loss {entry['loss']:.4f}  std {entry['std']:.2f}  [\d,]+ images/s  \d+ s" if epoch else ""
+        assert re.fullmatch(rf"epoch   {epoch}/2{loss}  kNN {entry['knn']:.2f} %", line)
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"checkpoint.pt", "backbone.pt", "log.jsonl", "settings.json", "views.png"}
     entries = log(tmp_path / "a")
     assert [entry["epoch"] for entry in entries] == [0, 1, 2] and all(0 <= entry["knn"] <= 100 for entry in entries)
-    for entry in entries[1:]:
-        assert set(entry) >= {"loss", "terms", "lr", "std", "images_per_s", "seconds"} and list(entry["terms"]) == ["SV ↔ SV", "SV ← HV"]
-        assert entry["loss"] == pytest.approx(sum(entry["terms"].values()), abs=1e-5)
+    assert all(entry.keys() == {"epoch", "loss", "std", "lr", "images_per_s", "seconds", "knn"} for entry in entries[1:])
+    assert json.loads((tmp_path / "a" / "settings.json").read_text()).items() >= dict(script=m.__name__, images=[36, 10], lr=0.48, seed=0).items()
     backbone = weights(tmp_path / "a")
 
-    run(m, folder, tmp_path / "a")  # a finished run stays as it is
-    assert equal(weights(tmp_path / "a"), backbone) and log(tmp_path / "a") == entries
+    monkeypatch.setattr(augment, "load_data", None)  # a complete run says so, before anything is read
+    run(m, folder, tmp_path / "a")
+    assert "is complete" in capsys.readouterr().out and equal(weights(tmp_path / "a"), backbone) and log(tmp_path / "a") == entries
+    monkeypatch.undo()
 
     calls, real = itertools.count(), m.dssl_loss  # a crash in the second epoch's second step, and on from the first's end
 
     def crash(*args, **kwargs):
-        if next(calls) == 8:  # two terms a step
+        if next(calls) == 4:
             raise Stop
         return real(*args, **kwargs)
 
@@ -1203,17 +1247,25 @@ def test_short_run(m, folder, tmp_path, capsys, monkeypatch):
     assert [entry["epoch"] for entry in log(tmp_path / "b")] == [0, 1]
     run(m, folder, tmp_path / "b")
     assert equal(weights(tmp_path / "b"), backbone)
-    assert [(e.get("loss"), e.get("terms"), e["knn"]) for e in log(tmp_path / "b")] == [(e.get("loss"), e.get("terms"), e["knn"]) for e in entries]
+    assert [(e.get("loss"), e.get("std"), e["knn"]) for e in log(tmp_path / "b")] == [(e.get("loss"), e.get("std"), e["knn"]) for e in entries]
 
 
 @pytest.mark.parametrize("m", METHODS)
 @pytest.mark.parametrize("flags", ["--weights 1 0 0 0 --pairs 2", "--weights 0 1 0 0 --pairs 2", "--weights 1 1 1 1 --hv-from image", "--weights 0 0 1 0.5"])
-def test_every_kind_of_run(m, flags, folder, tmp_path):
+def test_every_kind_of_run(m, flags, folder, tmp_path, monkeypatch, capsys):
+    """What is logged is the mean over steps of the pasted loss, with these weights, summed over the pairs."""
+    values, real = [], m.dssl_loss
+    monkeypatch.setattr(m, "dssl_loss", lambda *args: values.append((args, real(*args))) or values[-1][1])
     run(m, folder / "train" / "class1", tmp_path, *flags.split(), "--epochs", "1", "--batch", "6")  # and without labels
-    entry = log(tmp_path)[1]
-    weight = dict(zip(m.TERMS, map(float, flags.split()[1:5])))
-    assert math.isfinite(entry["loss"]) and "knn" not in entry
-    assert entry["loss"] == pytest.approx(sum(weight[term] * value for term, value in entry["terms"].items()), abs=1e-5)
+    entry, pairs = log(tmp_path)[1], 1 + ("--pairs" in flags)
+    text = capsys.readouterr().out
+    assert "knn" not in entry and "no labels, so no kNN" in text and len(values) == 2 * pairs
+    assert text.splitlines()[-1] == f"complete: {str(tmp_path)!a} has the backbone"
+    assert entry["loss"] == pytest.approx(sum(value.item() for _, value in values) / 2, abs=1e-6)
+    assert all(args[-1] == list(map(float, flags.split()[1:5])) for args, _ in values)
+    if pairs == 2:  # each pair of views once
+        first, second = (next(views for views in args if len(views)) for args, _ in values[:2])
+        assert len(first) == len(second) == 2 and not any(torch.equal(a, b) for a in first for b in second)
 
 
 @pytest.mark.parametrize("flags", ["--batch 2 --heavy jigsaw(4)", "--size 20 --heavy ra(1,9)+jigsaw(5)|ua", "--size 72 --k 999 --batch 36"])
@@ -1229,7 +1281,7 @@ def test_odd_but_legal_runs(flags, folder, tmp_path):
 
 def test_views_that_are_forwarded(folder, tmp_path, monkeypatch):
     seen, real = [], simsiam_dssl.SimSiam.forward
-    monkeypatch.setattr(simsiam_dssl.SimSiam, "forward", lambda self, v, v_hat: seen.append((len(v), len(v_hat))) or real(self, v, v_hat))
+    monkeypatch.setattr(simsiam_dssl.SimSiam, "forward", lambda self, sv, hv: seen.append((len(sv), len(hv))) or real(self, sv, hv))
     for i, flags in enumerate(["", "--weights 1 0 0 0", "--weights 1 0 0 0 --pairs 2", "--weights 0 1 0 0 --pairs 2", "--hv-from image"]):
         run(simsiam_dssl, folder, tmp_path / str(i), *flags.split(), "--epochs", "1", "--batch", "36")
     assert seen == [(2, 2), (2, 0), (4, 0), (0, 4), (2, 2)]
@@ -1240,28 +1292,37 @@ def test_heavy_views_come_from_their_own_sv(source, folder, tmp_path, monkeypatc
     monkeypatch.setattr(augment, "parse_policy", lambda *_: lambda x: 1 - x)
     monkeypatch.setattr(augment, "normalize", lambda x: x)
     views, real = [], simsiam_dssl.SimSiam.forward
-    monkeypatch.setattr(simsiam_dssl.SimSiam, "forward", lambda self, v, v_hat: views.append((v, v_hat)) or real(self, v, v_hat))
+    monkeypatch.setattr(simsiam_dssl.SimSiam, "forward", lambda self, sv, hv: views.append((sv, hv)) or real(self, sv, hv))
     run(simsiam_dssl, folder, tmp_path, "--hv-from", source, "--epochs", "1", "--batch", "36")
-    v, v_hat = views[-1]
-    assert [torch.equal(v_hat[i], 1 - v[i]) for i in range(2)] == [source == "sv"] * 2
+    sv, hv = views[-1]
+    assert [torch.equal(hv[i], 1 - sv[i]) for i in range(2)] == [source == "sv"] * 2
 
 
 def test_collapse_is_called_by_name(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(augment, "standard", lambda x, *_: 0.0 * x)
     run(simsiam_dssl, folder, tmp_path, "--weights", "1", "0", "0", "0")
-    assert "WARNING: the std is low" in capsys.readouterr().out
+    assert "WARNING: std is low" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("knn, warned", [([40, 41.9, 41.9], 2), ([40, 41, 43], 1), ([40, 43, 43], 0)])
+@pytest.mark.parametrize("knn, warned", [  # a twentieth of what is missing at first
+    ([40, 42.9, 42.9], 2), ([40, 42.9, 43], 1), ([40, 43, 43], 0), ([98, 98.05, 98.11], 1), ([6.35, 9.28, 11.05], 1)])
 def test_learning_nothing_is_called_by_name(knn, warned, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(simsiam_dssl, "knn_accuracy", lambda *_, left=iter(knn): next(left))
     run(simsiam_dssl, folder, tmp_path)
-    assert capsys.readouterr().out.count("WARNING: kNN is not clearly above the untrained network's") == warned
+    assert capsys.readouterr().out.count("WARNING: kNN is hardly above the untrained network's") == warned
+
+
+@pytest.mark.parametrize("k, used", [(1, 1), (3, 3), (4, 3), (200, 3)])  # 36 images of 3 classes: a quarter of 12
+def test_k_is_at_most_a_quarter_of_a_class(k, used, folder, tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(simsiam_dssl, "knn_predict", lambda query, bank, labels, classes, k: seen.append(k) or labels[: len(query)])
+    run(simsiam_dssl, folder, tmp_path, "--epochs", "1", "--k", str(k))
+    assert set(seen) == {used} and f"kNN with k {used}\n" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(simsiam_dssl, "dssl_loss", lambda p, z, p_hat, z_hat, weights: p[0].sum() * math.nan if p else 0)
-    assert "not finite in epoch 1: lower --lr" in refusal(run, simsiam_dssl, folder, tmp_path)
+    monkeypatch.setattr(simsiam_dssl, "dssl_loss", lambda p, z, p_hat, z_hat, weights: p[0].sum() * math.nan)
+    assert "not finite in epoch 1, which is not saved: lower --lr" in refusal(run, simsiam_dssl, folder, tmp_path)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)  # the last good one is still there
     assert len(state["history"]) == 1 and all(x.isfinite().all() for x in state["model"].values())
 
@@ -1281,56 +1342,111 @@ def test_a_weight_that_is_not_finite_is_never_saved(folder, tmp_path, monkeypatc
 
 
 def test_a_full_disk_leaves_the_last_good_file(folder, tmp_path, monkeypatch):
-    simsiam_dssl.write(tmp_path / "file", "good")
-    calls = itertools.count(1)
+    simsiam_dssl.save("good", tmp_path / "file")
+    calls, real = itertools.count(1), Path.write_bytes
 
-    def full(_):
-        if next(calls) > 4:
+    def full(path, data):
+        if next(calls) > 3:
+            real(path, bytes(data)[:100])
             raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, data)
 
-    monkeypatch.setattr(simsiam_dssl.os, "fsync", full)
-    with pytest.raises(OSError, match="cannot write .*No space left") as error:
-        run(simsiam_dssl, folder, tmp_path / "run")  # three files after epoch 0, and one of three after epoch 1
-    assert "\n" not in str(error.value)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        simsiam_dssl.write(tmp_path / "file", {"x": torch.ones(3)})
+        run(simsiam_dssl, folder, tmp_path / "run")  # backbone and checkpoint after epoch 0, and the backbone after epoch 1
+    with pytest.raises(OSError, match="No space left"):
+        simsiam_dssl.save({"x": torch.ones(3)}, tmp_path / "file")
     monkeypatch.undo()
-    assert (tmp_path / "file").read_text() == "good" and not list(tmp_path.rglob("*.part"))
+    assert torch.load(tmp_path / "file", weights_only=True) == "good"
     assert len(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["history"]) == 1
     run(simsiam_dssl, folder, tmp_path / "run")  # and goes on
+    assert [entry["epoch"] for entry in log(tmp_path / "run")] == [0, 1, 2]
 
 
-# ------------------------------------------------------------------------------------------------- scripts: the same run?
+# ------------------------------------------------------------------------------------------------- going on, and ending
 
 
-def test_what_a_run_may_change_and_what_not(folder, tmp_path):
-    photos, out = tmp_path / "photos", tmp_path / "run"
+def interrupted(folder, out, *flags):
+    """One of two epochs."""
+    calls, real = itertools.count(), simsiam_dssl.dssl_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simsiam_dssl, "dssl_loss", lambda *args: real(*args) if next(calls) < 4 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(simsiam_dssl, folder, out, *flags)
+    assert [entry["epoch"] for entry in log(out)] == [0, 1]
+
+
+def test_what_a_run_may_change_and_what_not(folder, tmp_path, capsys):
+    photos, out, half = tmp_path / "photos", tmp_path / "run", tmp_path / "half"
     for split in ("train", "val"):
         (photos / split).mkdir(parents=True)
         for c in range(3):
             (photos / split / f"class{c}").symlink_to(folder / split / f"class{c}")
     run(simsiam_dssl, folder, out)
-    before = weights(out)
-    for same, flags in ((photos, ""), (f"{folder}/", ""), (folder, "--k 3 --knn-every 2 --workers 1 --root elsewhere --compile")):
-        run(simsiam_dssl, same, out, *flags.split())  # it goes on, and is at its end
-        assert equal(weights(out), before)
-    lr = simsiam_dssl.RECIPES["lr"][0]
-    assert f"holds a run with lr {lr}, not 0.5" in refusal(run, simsiam_dssl, folder, out, "--lr", "0.5")
-    message = refusal(run, simsiam_dssl, folder, out, "--epochs", "3")
-    assert "epochs 2, not 3" in message and "begin anew" in message
+    for i, (same, flags) in enumerate([(photos, "--workers 1 --root elsewhere"), (f"{folder}/", "--k 3 --knn-every 2"), (folder, "--bf16")]):
+        interrupted(folder, half / str(i))
+        run(simsiam_dssl, same, half / str(i), *flags.split())  # what hardware, folders and the monitor decide is free
+        assert equal(weights(half / str(i)), weights(out)) == ("--bf16" not in flags)
+    assert "the code has changed" not in capsys.readouterr().out
+    lr = simsiam_dssl.RECIPES["glyphs"]["lr"]
+    assert f"of a run with lr {lr}, not 0.5" in refusal(run, simsiam_dssl, folder, out, "--lr", "0.5")
+    assert "epochs 2, not 3" in refusal(run, simsiam_dssl, folder, out, "--epochs", "3")
     assert "script simsiam_dssl, not byol_dssl" in refusal(run, byol_dssl, folder, out)
     (photos / "train" / "class0").unlink()
     (photos / "train" / "class0").mkdir()
     for path in sorted((folder / "train" / "class0").iterdir())[1:]:
         (photos / "train" / "class0" / path.name).symlink_to(path)
-    assert "images [36, 10], not [35, 10]" in refusal(run, simsiam_dssl, photos, out)
-    assert equal(weights(out), before)
-    (out / "checkpoint.pt").write_bytes(b"half a checkpoint")
-    assert "checkpoint.pt cannot be read" in refusal(run, simsiam_dssl, folder, out)
+    interrupted(folder, half / "images")
+    assert "rank 0 has [35, 10] images (to train, to test), this run [36, 10]" in refusal(run, simsiam_dssl, photos, half / "images")
+
+
+def test_ranks_with_other_images_are_refused(folder, tmp_path, monkeypatch):
+    """As where a node has but a part of them: each rank would take its batches from another order."""
+    real = dist.broadcast_object_list
+
+    def from_rank_0(objects):
+        real(objects)
+        if objects == [[36, 10]]:
+            objects[0] = [40, 10]
+
+    monkeypatch.setattr(dist, "broadcast_object_list", from_rank_0)
+    assert "rank 0 has [36, 10] images (to train, to test), this run [40, 10]" in refusal(run, simsiam_dssl, folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_simclr_gathers_only_where_there_are_ranks(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(simclr_dssl, "Gather", None)  # gloo in a world of one would slow torch's threads down for good
+    run(simclr_dssl, folder, tmp_path, "--epochs", "1", "--batch", "36")
+
+
+def test_other_code_goes_on_with_a_line(folder, tmp_path, capsys, monkeypatch):
+    interrupted(folder, tmp_path / "run")
+    edited = tmp_path / "simsiam_dssl.py"
+    edited.write_text(Path(simsiam_dssl.__file__).read_text() + "# edited\n")
+    monkeypatch.setattr(simsiam_dssl, "__file__", str(edited))
+    run(simsiam_dssl, folder, tmp_path / "run")
+    assert capsys.readouterr().out.count("WARNING: the code has changed") == 1 and len(log(tmp_path / "run")) == 3
+
+
+def test_without_out_each_run_has_a_folder_of_its_own(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = f"--data {folder} --recipe glyphs --size 16 --batch 36 --epochs 1 --dim 16"
+    processes = [subprocess.Popen([sys.executable, simsiam_dssl.__file__, *line.split()], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    folders = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("runs/*"))
+    assert len(folders) == 2 and all(re.fullmatch(r"runs/simsiam_dssl-\d{8}-\d{6}-\d+", name) for name in folders)
+    for name in folders:
+        assert sum(f"the same command with --out '{name}' goes on" in text for text in outputs) == 1
+        run_again = subprocess.run([sys.executable, simsiam_dssl.__file__, *line.split(), "--out", name], capture_output=True, text=True, timeout=120)
+        assert f"'{name}' is complete" in run_again.stdout and run_again.returncode == 0
+    command = outputs[0].splitlines()[-1].removeprefix("its linear evaluation: python ").split()  # as it stands, but for its length
+    ended = subprocess.run(f"{sys.executable} {' '.join(command)} --epochs 1", shell=True, capture_output=True, text=True, timeout=120)
+    assert json.loads(ended.stdout.splitlines()[-1])["images"] == 10, ended.stderr
 
 
 def test_nothing_is_written_before_all_is_checked(folder, tmp_path):
-    assert "larger than the 36 training images" in refusal(run, simsiam_dssl, folder, tmp_path / "run", "--batch", "48")
+    for batch in ("48", "1"):
+        assert "at most the 36 images" in refusal(run, simsiam_dssl, folder, tmp_path / "run", "--batch", batch)
     with pytest.raises(OSError, match="no folder"):
         run(simsiam_dssl, tmp_path / "typo", tmp_path / "run")
     assert not (tmp_path / "run").exists() and not dist.is_initialized()
@@ -1339,8 +1455,7 @@ def test_nothing_is_written_before_all_is_checked(folder, tmp_path):
         run(simsiam_dssl, folder, tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("script, line", [("simsiam_dssl.py", "--data typo --recipe glyphs"), ("linear_eval.py", "typo.pt"),
-                                          ("linear_eval.py", "typo.pt --nonsense"), ("byol_dssl.py", "--data cifar10 --batch 99 --size 8 --heavy jigsaw(3)")])
+@pytest.mark.parametrize("script, line", [("simsiam_dssl.py", "--data typo --recipe glyphs"), ("linear_eval.py", "typo.pt")])
 def test_an_error_is_one_line_and_its_own_exit_code(script, line, tmp_path):
     command = [sys.executable, str(Path(augment.__file__).with_name(script)), *line.split()]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
@@ -1348,39 +1463,104 @@ def test_an_error_is_one_line_and_its_own_exit_code(script, line, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_after_the_first_step_too(folder, tmp_path):
-    """Here the process group is alive, and ends before the process on success alone: NCCL's would wait for other ranks."""
-    code = f"""import sys; import simsiam_dssl as m; m.dssl_loss = lambda p, *_, weights: p[0].sum() * float("nan")
-m.dist.destroy_process_group = lambda: m.time.sleep(1000)
+@pytest.mark.parametrize("fault, said", [
+    ("m.dssl_loss = lambda p, *_: p[0].sum() * float('nan')", "not finite"),
+    ("m.train_epoch = lambda *_: 1 / 0", "ZeroDivisionError")])
+def test_an_error_ends_the_process_at_once(fault, said, folder, tmp_path):
+    """Whatever it is: the end of NCCL's group, which here stands for itself, would wait for the other ranks."""
+    code = f"""import atexit, sys, time; atexit.register(time.sleep, 1000); import simsiam_dssl as m; {fault}
 sys.argv = ["x", "--data", {str(folder)!r}, "--recipe", "glyphs", "--size", "16", "--batch", "36", "--out", {str(tmp_path)!r}]
 m.main()"""
-    for _ in range(3):
-        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(augment.__file__).parent, timeout=120)
-        assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1 and "not finite" in ended.stderr, ended.stderr
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(augment.__file__).parent, timeout=120)
+    assert ended.returncode == 1 and said in ended.stderr.splitlines()[-1] and "epoch   0/5" in ended.stdout, ended.stderr
 
 
 @pytest.mark.parametrize("ending", ["", ">&-"])
-def test_output_that_cannot_show_arrows(ending, folder, tmp_path):
-    line = f"--data {folder} --recipe glyphs --size 16 --batch 36 --epochs 1 --out {tmp_path}/run"
+def test_ascii_is_enough_and_a_closed_output_too(ending, tmp_path, folder):
+    (tmp_path / "\u00fcml\u00e4ut").symlink_to(folder)
+    line = f"--data {tmp_path}/\u00fcml\u00e4ut --recipe glyphs --size 16 --batch 36 --epochs 1 --out {tmp_path}/r\u00fcn"
     for words in ("--help", line):
         ended = subprocess.run(
             f"PYTHONIOENCODING=ascii {sys.executable} {simsiam_dssl.__file__} {words} {ending}", shell=True, capture_output=True, text=True, timeout=120)
         assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
-    assert len(log(tmp_path / "run")) == 2
+    assert len(log(tmp_path / "r\u00fcn")) == 2
+
+
+def test_a_notebook_trains_twice_and_prints_where_it_wants(folder, tmp_path, monkeypatch):
+    line = ["--data", str(folder), "--recipe", "glyphs", "--size", "16", "--batch", "36", "--epochs", "1", "--dim", "16", "--out"]
+    with undisturbed(), contextlib.redirect_stdout(io.StringIO()) as text:  # which has no reconfigure, as in IDEs
+        for name in ("a", "b"):
+            simsiam_dssl.train(simsiam_dssl.parse_args([*line, str(tmp_path / name)]))
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b")) and text.getvalue().count("epoch   1/1") == 2
 
 
 # ------------------------------------------------------------------------------------------------- linear evaluation
 
 
 def test_linear_eval_settings():
-    def settings(line):
+    def settings(line, images=50000, world=1):
         args = linear_eval.parse_args(["backbone.pt", *line.split()])
-        return args.size, args.scale, args.flip, args.protocol, args.batch, args.epochs, args.lr * args.batch / 256
+        linear_eval.choose(args, images, world)
+        return args.size, args.scale, args.flip, args.protocol, args.batch, args.epochs, args.lr * args.batch / 256, args.norm
 
-    assert settings("--data cifar10") == (32, 0.8, True, "sgd", 256, 100, 30)
-    assert settings("--data imagenet") == (224, 0.08, True, "lars", 4096, 90, pytest.approx(1.6))
-    assert settings("--data imagenet --protocol sgd-linear --batch 256") == (224, 0.08, True, "sgd-linear", 256, 90, 0.1)
-    assert settings("") == (24, 0.8, False, "sgd", 256, 30, 0.3) and settings("--protocol sgd")[-1] == 30
+    assert settings("--data cifar10") == (32, 0.8, True, "sgd", 256, 100, 30, 1)
+    assert settings("--data imagenet", 1281167) == (224, 0.08, True, "lars", 4096, 90, pytest.approx(1.6), 1)
+    assert settings("--data imagenet --protocol sgd-linear --batch 256") == (224, 0.08, True, "sgd-linear", 256, 90, 0.1, 1)
+    assert settings("") == (24, 0.8, False, "sgd", 256, 30, 0.3, 1) and settings("--protocol sgd")[-2] == 30
+    folder = "--data folder --recipe imagenet --size 24"  # what follows from its number of images
+    assert settings(folder, 409600) == (24, 0.08, True, "lars", 4096, 90, pytest.approx(1.6), 1)
+    assert settings(folder, 409599) == settings("--data imagenet --size 24") == (24, 0.08, True, "sgd", 256, 100, 30, None)
+    assert settings("--data folder --recipe glyphs", 300) == (24, 0.8, False, "sgd", 30, 100, 30, None)
+    assert [settings(folder, images, world)[4] for images, world in ((1, 1), (40, 1), (40, 8), (2999, 8))] == [1, 4, 8, 256]
+    assert settings(f"{folder} --batch 64 --epochs 3 --lr 4", 300)[3:] == ("sgd", 64, 3, 1, None)
+    assert settings(f"{folder} --protocol sgd", 300)[3:] == ("sgd", 256, 100, 30, 1)  # what is asked for means what it says
+    assert settings(f"{folder} --protocol lars", 300)[3:6] == ("lars", 300, 90)
+    assert "fewer than the 8 ranks" in refusal(settings, folder, 7, 8)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """100 training and 100 test images of 5 classes, 16 px: a colour each, under noise."""
+    root, g = tmp_path_factory.mktemp("colours"), torch.Generator().manual_seed(0)
+    colour = torch.rand(5, 3, generator=g)
+    for split in ("train", "val"):
+        for i in range(100):
+            x = (colour[i % 5] + 4 * torch.rand(16, 16, 3, generator=g)) / 5
+            path = root / split / f"class{i % 5}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((255 * x).to(torch.uint8).numpy()).save(path)
+    return root
+
+
+@pytest.mark.parametrize("scale", [10, 0.1])  # of the features: nearest neighbours do not depend on it
+def test_linear_eval_keeps_up_with_neighbours(scale, colours, capsys, monkeypatch):
+    """By default, on a folder of few images. With 90 steps of LARS it was far behind."""
+    net = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(12, 12, bias=False))
+    nn.init.eye_(net[2].weight).data.mul_(scale)
+    monkeypatch.setattr(linear_eval, "load_backbone", lambda path: (net, 12))
+    with undisturbed():
+        linear_eval.train(linear_eval.parse_args(["net.pt", "--data", str(colours), "--recipe", "imagenet", "--size", "16"]))
+        loaders = [augment.EvalLoader(data, 256, 16) for data in augment.load_data(str(colours), "", 16)]
+        knn = simsiam_dssl.knn_accuracy(net, *loaders, 5, 5)
+    lines = capsys.readouterr().out.splitlines()
+    first = "protocol sgd: batch 10, lr 30, features / "
+    assert any(line.startswith(first) for line in lines[:3])
+    assert knn > 60 and json.loads(lines[-1])["top1"] >= knn - 3, (knn, lines[-1])
+
+
+def test_linear_eval_says_how_to_repeat_it(folder, tmp_path, capsys):
+    """The settings in the result, given as flags, give the same again, here in a process that has joined already."""
+    torch.save(simsiam_dssl.make_backbone("small", "cifar")[0].state_dict(), tmp_path / "net.pt")
+    line = [str(tmp_path / "net.pt"), "--data", str(folder), "--recipe", "glyphs", "--size", "16"]
+    with undisturbed():
+        linear_eval.train(linear_eval.parse_args([*line, "--epochs", "2"]))
+        first = capsys.readouterr().out.splitlines()
+        settings = json.loads(first[-1])
+        flags = [f"--{key}={settings[key]}" for key in ("batch", "epochs", "lr")]
+        linear_eval.train(linear_eval.parse_args([*line, *flags]))
+    second = capsys.readouterr().out.splitlines()
+    assert len(first) == 5 and settings["norm"] > 0
+    assert [re.sub(r"\d+ s$", "", x) for x in second] == [re.sub(r"\d+ s$", "", x) for x in first]
 
 
 @pytest.mark.parametrize("protocol, kind, batch, size", [("sgd", "SGD", 12, 16), ("lars", "LARS", 36, 16), ("sgd-linear", "SGD", 36, 72)])
@@ -1463,12 +1643,7 @@ def free_ports(n):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks(world, folder, tmp_path, monkeypatch):
-    calls, real = itertools.count(), simsiam_dssl.dssl_loss
-    monkeypatch.setattr(simsiam_dssl, "dssl_loss", lambda *a, **k: real(*a, **k) if next(calls) < 8 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # one rank begins, does one of the two epochs, and more go on
-        run(simsiam_dssl, folder, tmp_path / "run")
-    monkeypatch.undo()
-    assert [entry["epoch"] for entry in log(tmp_path / "run")] == [0, 1]
+    interrupted(folder, tmp_path / "run")  # one rank begins, does one of the two epochs, and more go on
 
     ranks = torch.multiprocessing.spawn(rank_main, (world, str(folder), str(tmp_path), free_ports(4)), nprocs=world, join=False)
     for _ in range(30):
@@ -1495,14 +1670,14 @@ def test_ranks(world, folder, tmp_path, monkeypatch):
             assert torch.allclose(alone[key].float(), together[key].float(), atol=1e-4), (m.__name__, key)
         assert max((alone[key].float() - start[key].float()).abs().max() for key in alone) > 1e-2  # it has learnt
         for one, other in zip(log(tmp_path / "alone" / m.__name__)[1:], log(tmp_path / m.__name__)[1:]):
-            assert one["loss"] == pytest.approx(other["loss"], abs=1e-4) and one["terms"] == pytest.approx(other["terms"], abs=1e-4)
+            assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
 
     with undisturbed():  # a monitor of several ranks counts what a single process counts
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         net = simsiam_dssl.make_backbone("small", "cifar")[0]
         net.load_state_dict(weights(tmp_path / "run"))
         loaders = [augment.EvalLoader(s, 256, 16) for s in augment.load_data(str(folder), "", 16)]
-        assert simsiam_dssl.knn_accuracy(net, *loaders, 3, 5) == results[0]["knn"]
+        assert simsiam_dssl.knn_accuracy(net, *loaders, 3, 3) == results[0]["knn"]
 
 
 # ------------------------------------------------------------------------------------------------- CUDA
@@ -1539,7 +1714,7 @@ def test_bf16_and_syncbn_on_cuda(m, model):
         torch.manual_seed(0)
         net = getattr(m, model)(settings(m)).cuda()
         x = torch.rand(32, 3, 24, 24, device="cuda")
-        full = net((x,), ())[1]
+        full = projections(net, [x], [])[0]
         with torch.autocast("cuda", torch.bfloat16):
-            half = nn.SyncBatchNorm.convert_sync_batchnorm(net)((x,), ())[1]  # in a world of one it must change nothing
+            half = projections(nn.SyncBatchNorm.convert_sync_batchnorm(net), [x], [])[0]  # in a world of one it must change nothing
         assert F.cosine_similarity(full, half.float(), dim=-1).mean() > 0.98

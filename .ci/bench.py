@@ -207,16 +207,14 @@ def bare(flags, steps):
     """Images a second of the training step alone, on views that are ready."""
     settings = simsiam_dssl.parse_args(flags)
     model = simsiam_dssl.SimSiam(settings).to(DEVICE, memory_format=torch.channels_last)
-    if settings.compile:
-        model.backbone.compile(dynamic=False)
     ddp = torch.nn.parallel.DistributedDataParallel(model)
     ddp.broadcast_buffers = False
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=settings.wd)
-    views = [torch.rand(settings.batch, 3, settings.size, settings.size, device=DEVICE) for _ in range(4)]
+    sv, hv = torch.rand(2, 2, settings.batch, 3, settings.size, settings.size, device=DEVICE)
 
     def learn():
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=settings.bf16):
-            outputs, _ = ddp(tuple(views[:2]), tuple(views[2:]))
+            outputs = ddp(sv, hv)
         loss = simsiam_dssl.dssl_loss(*outputs)
         optimizer.zero_grad()
         loss.backward()
@@ -227,11 +225,13 @@ def bare(flags, steps):
 
 
 def step(args):
-    rank, world, local = simsiam_dssl.place()
+    world = int(os.environ.get("WORLD_SIZE") or 1)
     if world == 1:
-        simsiam_dssl.join(rank, world, local)
+        simsiam_dssl.join()
     for recipe, batch in (("cifar10", 512), ("imagenet", 64)) if CUDA else (("glyphs", None),):
-        flags = ["--data", recipe, "--epochs", "2" if CUDA else "1", "--warmup", "0"] + ["--compile"] * args.compile
+        if args.recipe not in (None, recipe):
+            continue
+        flags = ["--data", recipe, "--epochs", "2" if CUDA else "1", "--warmup", "0"]
         flags += ["--batch", str(batch * world)] if batch else []
         size = simsiam_dssl.parse_args(flags).size
         images = pixels(40 * batch * world, size, args.images) if batch else None  # glyphs: as they are
@@ -267,8 +267,7 @@ def memory(args):
         settings = simsiam_dssl.parse_args(["--data", recipe, "--batch", str(batch)])
         model = simsiam_dssl.SimSiam(settings).to(DEVICE, memory_format=torch.channels_last)
         n = batch if CUDA else 4
-        x = tuple(torch.rand(n, 3, settings.size, settings.size, device=DEVICE).to(memory_format=torch.channels_last)
-                  for _ in range(4))
+        sv, hv = torch.rand(2, 2, n, 3, settings.size, settings.size, device=DEVICE)
         saved = {}
 
         def pack(t):
@@ -280,8 +279,7 @@ def memory(args):
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(DEVICE.type, torch.bfloat16):
-            outputs, _ = model(x[:2], x[2:])
-            loss = simsiam_dssl.dssl_loss(*outputs)
+            loss = simsiam_dssl.dssl_loss(*model(sv, hv))
         size = sum(t.untyped_storage().nbytes() for t in saved.values()) / n * batch / 2**30
         print(f"{recipe}: batch {batch}, four views, bf16: {size:.1f} GiB kept for the backward pass")
         if CUDA:
@@ -296,7 +294,7 @@ def main():
     parser.add_argument("--images", help="a folder of real images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--recipe", choices=["cifar10", "imagenet"], help="of step on a GPU: this one alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     random.seed(0)
