@@ -192,9 +192,8 @@ def test_byol_targets(weights, targets):
     assert all(not t.requires_grad for t in [*z, *z_hat]) and all(t.requires_grad for t in [*p, *p_hat])
 
 
-def projections(net, sv, hv):
-    """Those that are trained, a list of (b, d): what the std of the log watches."""
-    out = net(sv, hv)
+def projections(out):
+    """Of what a model gives those that are trained, a list of (b, d): what the std of the log watches."""
     if len(out) == 5:  # BYOL
         return out[4]
     return out[1] + out[3] if len(out) == 4 else out[0] + out[1]  # SimSiam, SimCLR
@@ -205,7 +204,7 @@ def test_each_view_has_its_own_batch_statistics(m, model):
     torch.manual_seed(0)
     net = getattr(m, model)(settings(m, "--weights", "1", "1", "1", "1"))
     a, b = torch.rand(2, 8, 3, 16, 16)
-    alone, together = projections(net, [a], [])[0], projections(net, [a], [5 * b])[0]
+    alone, together = projections(net([a], []))[0], projections(net([a], [5 * b]))[0]
     assert torch.allclose(alone, together, atol=1e-5)
 
 
@@ -1298,6 +1297,17 @@ def test_heavy_views_come_from_their_own_sv(source, folder, tmp_path, monkeypatc
     assert [torch.equal(hv[i], 1 - sv[i]) for i in range(2)] == [source == "sv"] * 2
 
 
+@pytest.mark.parametrize("m, model", [(simsiam_dssl, "SimSiam"), (byol_dssl, "BYOL"), (simclr_dssl, "SimCLR")])
+def test_std_watches_all_projections_that_are_trained(m, model, folder, tmp_path, monkeypatch):
+    outputs, watched, forward, spread = [], [], getattr(m, model).forward, m.spread
+    monkeypatch.setattr(getattr(m, model), "forward", lambda self, sv, hv: outputs.append(forward(self, sv, hv)) or outputs[-1])
+    monkeypatch.setattr(m, "spread", lambda z: watched.append(z) or spread(z))
+    run(m, folder, tmp_path, "--epochs", "1", "--batch", "36")
+    assert torch.equal(watched[0], torch.stack(projections(outputs[0]))) and watched[0].shape == (4, 36, 16)
+    z = watched[0].detach() / watched[0].detach().norm(dim=-1, keepdim=True)
+    assert log(tmp_path)[1]["std"] == pytest.approx(4 * z.std(1).mean().item(), abs=1e-5)
+
+
 def test_collapse_is_called_by_name(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(augment, "standard", lambda x, *_: 0.0 * x)
     run(simsiam_dssl, folder, tmp_path, "--weights", "1", "0", "0", "0")
@@ -1492,6 +1502,52 @@ def test_a_notebook_trains_twice_and_prints_where_it_wants(folder, tmp_path, mon
         for name in ("a", "b"):
             simsiam_dssl.train(simsiam_dssl.parse_args([*line, str(tmp_path / name)]))
     assert equal(weights(tmp_path / "a"), weights(tmp_path / "b")) and text.getvalue().count("epoch   1/1") == 2
+
+
+# ------------------------------------------------------------------------------------------------- the README's code
+
+def block(word):
+    """The one block of Python in the README that has this word in it."""
+    found = [text for text in re.findall(r"```python\n(.*?)```", Path(augment.__file__).with_name("README.md").read_text(), re.S) if word in text]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_the_method_on_a_page(monkeypatch, capsys):
+    """It runs as it stands, here with fewer letters, and its loss is the scripts'."""
+    text, glyphs, page = block("for epoch in range(epochs)"), augment.glyphs, {}
+    assert len(text.splitlines()) <= 60 and not re.search(r"import \w+_dssl|argparse|torch.distributed", text)
+    monkeypatch.setattr(augment, "glyphs", lambda n, size, seed: glyphs(n // 32, size, seed))
+    exec(text, page)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all(re.fullmatch(r"epoch \d: loss -?\d\.\d\d, nearest neighbour \d+\.\d %", line) for line in lines)
+    p, z, p_hat, z_hat = vectors(4)
+    ours = simsiam_dssl.dssl_loss(p, z, p_hat, z_hat)
+    pasted = page["dssl_loss"](p, z, p_hat, z_hat)
+    assert pasted.item() == pytest.approx(ours.item(), abs=1e-6)
+    gradients = [torch.autograd.grad(loss, [*p, *p_hat]) for loss in (ours, pasted)]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+    small, _ = simsiam_dssl.make_backbone("small", "cifar")  # and so is its network
+    assert [x.shape for x in page["backbone"].parameters()] == [x.shape for x in small.parameters()]
+
+
+@pytest.mark.parametrize("arch", ["small", "resnet18"])
+def test_features_of_images_of_ones_own(arch, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    torch.save(simsiam_dssl.make_backbone(arch, "cifar")[0].state_dict(), tmp_path / "runs" / "x" / "backbone.pt")
+    for i, path in enumerate(sorted((folder / "train" / "class0").glob("*.png"))[:2], 1):
+        Image.open(path).convert("RGB").save(f"photo{i}.jpg")
+    used = {}
+    exec(block("read_centre").replace("runs/...", "runs/x"), used)
+    assert used["features"].shape == (2, used["d"]) and not used["features"].requires_grad and not used["net"].training
+
+
+def test_the_backbone_fits_mask_rcnn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(simsiam_dssl.make_backbone("resnet50", "imagenet")[0].state_dict(), "backbone.pt")
+    exec(block("maskrcnn"), {})
+    assert "All keys matched" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------- linear evaluation
@@ -1714,7 +1770,7 @@ def test_bf16_and_syncbn_on_cuda(m, model):
         torch.manual_seed(0)
         net = getattr(m, model)(settings(m)).cuda()
         x = torch.rand(32, 3, 24, 24, device="cuda")
-        full = projections(net, [x], [])[0]
+        full = projections(net([x], []))[0]
         with torch.autocast("cuda", torch.bfloat16):
-            half = projections(nn.SyncBatchNorm.convert_sync_batchnorm(net), [x], [])[0]  # in a world of one it must change nothing
+            half = projections(nn.SyncBatchNorm.convert_sync_batchnorm(net)([x], []))[0]  # in a world of one it must change nothing
         assert F.cosine_similarity(full, half.float(), dim=-1).mean() > 0.98
