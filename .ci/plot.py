@@ -20,8 +20,8 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402
 
-COLOURS = "#1f70b8", "#c04a10", "#16ab83", "#c45cf0", "#b89204", "#808080"  # apart for the colour-blind too
-GREY = "#808080"
+COLOURS = "#227ac9", "#cd4f11", "#118868", "#b635ec", "#927403", "#777777"  # a contrast of 4.2 or more on white and on dark
+GREY = "#777777"
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 LINE = 0.065  # a label's height, as a share of the axis
 
@@ -59,9 +59,9 @@ def draw(out, title, curves, share):
         xs = sorted(set.intersection(*map(set, seeds)))
         mean = [sum(seed[x] for seed in seeds) / len(seeds) for x in xs]
         for seed in seeds if len(seeds) > 1 else ():
-            axes.plot(*zip(*sorted(seed.items())), color=colour, linewidth=0.8, alpha=0.5)
+            axes.plot(*zip(*sorted(seed.items())), color=colour, linewidth=1.2, alpha=0.7)
         axes.plot(xs, mean, color=colour, linewidth=2.4, marker="o", markersize=4, zorder=9 - len(ends))
-        ends.append((xs[-1], mean[-1], f"{label}  {mean[-1]:.1f}", colour))
+        ends.append((xs[-1], mean[-1], f"{label}: {mean[-1]:.1f}", colour))
     (low, high), right = axes.get_ylim(), max(x for x, *_ in ends)
     for (x, end, text, colour), y in zip(ends, spread([end for _, end, *_ in ends], LINE * (high - low))):
         axes.annotate(text, (right, y), (8, 0), textcoords="offset points", va="center", color=colour, weight="bold")
