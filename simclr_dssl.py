@@ -1,4 +1,4 @@
-"""SimCLR, and what DSSL makes of it: heavy augmentations help more than they do by themselves.
+"""SimCLR, and what DSSL makes of it: heavy views that learn from standard views, and never teach them.
 
 Two standard views (SV) of an image learn from each other, SV ↔ SV. A heavy view (HV, marked `hat`) is derived from
 one SV, only ever learns from that SV, and is never a target itself: SV ← HV (arrows point at what is learnt from).
