@@ -168,7 +168,7 @@ class LARS(torch.optim.SGD):
 
 RECIPES = {
     "glyphs": dict(
-        arch="small", stem="cifar", size=24, crop=0.8, flip=False, blur=False, heavy="ua",
+        arch="small", stem="cifar", size=24, crop=0.8, flip=False, blur=False, heavy="ra(2,9,paper)",
         batch=32, epochs=5, lr=0.48, wd=5e-4, warmup=0.5, k=50, knn_every=1, dim=128, temperature=0.5, lars=False),
     "cifar10": dict(
         arch="resnet18", stem="cifar", size=32, crop=0.2, flip=True, blur=False, heavy="ra(2,5)",

@@ -121,8 +121,8 @@ class SimSiam(nn.Module):
 
 RECIPES = {
     "glyphs": dict(
-        arch="small", stem="cifar", size=24, crop=0.8, flip=False, blur=False, heavy="ua",
-        batch=32, epochs=5, lr=0.48, wd=5e-4, warmup=0.5, k=50, knn_every=1, dim=512, layers=2),
+        arch="small", stem="cifar", size=24, crop=0.8, flip=False, blur=False, heavy="ra(2,9,paper)",
+        batch=32, epochs=5, lr=0.48, wd=5e-4, warmup=0.0, k=50, knn_every=1, dim=512, layers=3),
     "cifar10": dict(
         arch="resnet18", stem="cifar", size=32, crop=0.2, flip=True, blur=False, heavy="ra(2,5)",
         batch=512, epochs=800, lr=0.03, wd=5e-4, warmup=0.0, k=200, knn_every=10, dim=2048, layers=2),

@@ -1214,7 +1214,7 @@ def test_target_follows_the_step(folder, tmp_path):
 def test_short_run(m, folder, tmp_path, capsys, monkeypatch):
     run(m, folder, tmp_path / "a")
     text = capsys.readouterr().out
-    assert text.isascii() and "[1.0, 0.0, 1.0, 0.0] x (SV <-> SV, HV <-> HV, SV <- HV, HV <- SV), pairs 1, heavy ua" in text
+    assert text.isascii() and "[1.0, 0.0, 1.0, 0.0] x (SV <-> SV, HV <-> HV, SV <- HV, HV <- SV), pairs 1, heavy ra(2,9,paper)" in text
     assert f"{m.RECIPES['glyphs']['lr'] * 12 / 256:g}, 2 epochs of 3 steps" in text and f"--out {str(tmp_path / 'a')!a} goes on" in text
     lines = [line for line in text.splitlines() if line.startswith("epoch ")]
     for epoch, (line, entry) in enumerate(zip(lines, log(tmp_path / "a"))):
