@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -1529,6 +1530,16 @@ def test_the_method_on_a_page(monkeypatch, capsys):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
     small, _ = simsiam_dssl.make_backbone("small", "cifar")  # and so is its network
     assert [x.shape for x in page["backbone"].parameters()] == [x.shape for x in small.parameters()]
+
+
+def test_every_command_of_the_readme_is_accepted():
+    text = Path(augment.__file__).with_name("README.md").read_text()
+    shell = "".join(re.findall(r"```bash\n(.*?)```", text, re.S))
+    lines = re.findall(r"^(?:python|torchrun \S+) (\w+_dssl|linear_eval)\.py *([^#\n]*)", shell, re.M)
+    rows = re.findall(r"^\| `(\d [\d.]+ [\d.]+ [\d.]+.*?)` \|", text, re.M)
+    assert len(lines) >= 8 and len(rows) >= 7
+    for script, flags in [*lines, *(("byol_dssl", f"--weights {row}") for row in rows)]:
+        sys.modules[script].parse_args(shlex.split(flags))
 
 
 @pytest.mark.parametrize("arch", ["small", "resnet18"])
