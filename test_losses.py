@@ -1735,7 +1735,7 @@ def test_ranks(world, folder, tmp_path, monkeypatch):
         start = m.make_backbone("small", "cifar")[0].state_dict()
         for key in alone:
             assert torch.allclose(alone[key].float(), together[key].float(), atol=1e-4), (m.__name__, key)
-        assert max((alone[key].float() - start[key].float()).abs().max() for key in alone) > 1e-2  # it has learnt
+        assert max((alone[key].float() - start[key].float()).abs().max() for key in alone) > 5e-3  # it has learnt
         for one, other in zip(log(tmp_path / "alone" / m.__name__)[1:], log(tmp_path / m.__name__)[1:]):
             assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
 
