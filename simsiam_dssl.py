@@ -18,7 +18,6 @@ import math
 import os
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import torch
@@ -115,107 +114,85 @@ class SimSiam(nn.Module):
         return p[:n], z[:n], p[n:], z[n:]
 
 
-# ------------------------------------------------------------ recipes
-# --data names one, any flag overrides its entry. Glyphs: found by trial, for a few minutes on two CPU cores. CIFAR-10
-# and ImageNet: SimSiam's, but its predictor's lr is not fixed (§4.1 of DSSL); HVs by DSSL's released code.
+# ------------------------------------------------------------ loop
 
-RECIPES = {
-    "glyphs": dict(
-        arch="small", stem="cifar", size=24, crop=0.8, flip=False, blur=False, heavy="ra(2,9,paper)",
-        batch=32, epochs=5, lr=0.48, wd=5e-4, warmup=0.0, k=50, knn_every=1, dim=512, layers=3),
-    "cifar10": dict(
-        arch="resnet18", stem="cifar", size=32, crop=0.2, flip=True, blur=False, heavy="ra(2,5)",
-        batch=512, epochs=800, lr=0.03, wd=5e-4, warmup=0.0, k=200, knn_every=10, dim=2048, layers=2),
-    "imagenet": dict(
-        arch="resnet50", stem="imagenet", size=224, crop=0.2, flip=True, blur=True, heavy="0.9*ra(2,5)|0.1*jigsaw(4)",
-        batch=512, epochs=100, lr=0.05, wd=1e-4, warmup=0.0, k=200, knn_every=5, dim=2048, layers=3),
-}
-FREE = ("data", "root", "out", "workers", "bf16", "k", "knn_every")  # what may change when a run goes on
+def learning_rate(step, steps, warmup, base):
+    """Linear warm-up over the first `warmup` steps, then half a cosine from base to 0."""
+    if step < warmup:
+        return base * min(1, (step + 1) / warmup)  # of 2.5 steps the third would be above base
+    return base * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def positive(text):
-    """An integer from 1 on, as a type for argparse, whose messages have the function's name."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def make_views(loader, args, epoch):
+    """Yield each step's SVs and HVs in [0, 1], (2 · pairs, b, c, h, w) each, none where no weight needs them.
+
+    With --hv-from image the loader gives twice as many crops, and HVs are made of SVs of their own, the second half.
+    All that is random comes from the seed, the step and the rank: so no generator's state has to be saved.
+    """
+    alpha, beta, gamma, delta = args.weights
+    heavy = augment.parse_policy(args.heavy, args.size)
+    loader.set_epoch(epoch - 1)
+    for step, (crops, _) in enumerate(loader, (epoch - 1) * len(loader)):
+        torch.manual_seed(hash((args.seed, step, dist.get_rank())))  # the same in every process: they are integers
+        x = augment.standard(rearrange(crops, "b v c h w -> (v b) c h w"), args.flip, args.blur)
+        sv, source = (x, x) if args.hv_from == "sv" else x.chunk(2)
+        hv = heavy(source) if beta or gamma or delta else source[:0]
+        sv = sv if alpha or gamma or delta else sv[:0]
+        yield [rearrange(x, "(v b) c h w -> v b c h w", b=len(crops)) for x in (sv, hv)]
 
 
-def nonnegative(text):
-    """A finite number from 0 on."""
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
+def train_epoch(epoch, ddp, optimizer, loader, args, out):
+    """One pass over the images, the first is epoch 1 → what the log says of it."""
+    steps = len(loader)
+    pairs = [slice(v, v + 2) for v in range(0, 2 * args.pairs, 2)]
+    totals = torch.zeros(2, dtype=torch.float64, device=loader.device)  # of loss and std
+    start = time.time()
+    for i, (sv, hv) in enumerate(make_views(loader, args, epoch)):
+        step = (epoch - 1) * steps + i  # of all epochs
+        lr = learning_rate(step, args.epochs * steps, args.warmup * steps, args.lr * args.batch / 256)
+        optimizer.param_groups[0]["lr"] = lr
 
+        with torch.autocast(sv.device.type, torch.bfloat16, enabled=args.bf16):
+            p, z, p_hat, z_hat = ddp(augment.normalize(sv), augment.normalize(hv))
+        loss = sum(dssl_loss(p[pair], z[pair], p_hat[pair], z_hat[pair], args.weights) for pair in pairs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
-def parse_args(argv=None):
-    """The complete settings, or an exit that says what to change."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False, add_help=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, boolean = parser.add_argument, argparse.BooleanOptionalAction
-    add("--data", default="glyphs", help="glyphs, cifar10, imagenet, or a folder of images")
-    add("--recipe", choices=RECIPES, help="whose settings to take; a folder needs it")
-    add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it")
-    add("--weights", nargs=4, metavar="W", type=nonnegative, default=[1.0, 0.0, 1.0, 0.0], help="alpha to delta, Eq. 6")
-    add("--pairs", type=positive, default=1, help="pairs of SVs, their losses summed; 2 cost what DSSL does")
-    add("--hv-from", choices=["sv", "image"], default="sv", help="make HVs of the SVs they learn from or of new ones")
-    add("--out", help="folder to write into and to go on from; without it, a new one under runs/")
-    add("--seed", type=int, default=0, help="of all that is random")
-    add("--workers", type=int, default=8, help="processes that read images, a rank")
-    add("--bf16", action=boolean, default=torch.cuda.is_bf16_supported(including_emulation=False), help="or in float")
+        totals += torch.stack([loss.detach(), spread(torch.stack(z + z_hat))])
+        if step == 0 and dist.get_rank() == 0:
+            rows = [("SV", x[:10]) for x in sv] + [("HV", x[:10]) for x in hv]
+            augment.draw_views(rows, out / "views.png", scale=max(1, 96 // args.size))
+        if i % 50 == 0:  # seldom, since item() waits for the GPU
+            rate = (i + 1) * args.batch / (time.time() - start)
+            say(f"epoch {epoch:3d}  step {i + 1}/{steps}  {rate:,.0f} images/s  loss {loss.item():.4f}", live=True)
 
-    add("--arch", choices=["small", "resnet18", "resnet34", "resnet50", "resnet101"], help="backbone")
-    add("--stem", choices=["cifar", "imagenet"], help="3 x 3 and no max-pool, or 7 x 7 and max-pool")
-    add("--size", type=positive, help="pixels a side of a view")
-    add("--crop", type=nonnegative, help="smallest crop, as a share of the image's area")
-    add("--flip", action=boolean, help="mirror SVs at random")
-    add("--blur", action=boolean, help="blur SVs at random")
-    add("--heavy", help="SV to HV: ra(n,m), ra(n,m,paper), ua, jigsaw(n); a+b: a, then b; 0.9*a|0.1*b: either")
-    add("--batch", type=positive, help="images a step, over all ranks")
-    add("--epochs", type=positive, help="passes over the images")
-    add("--lr", type=nonnegative, help="learning rate for a batch of 256; it scales with the batch")
-    add("--wd", type=nonnegative, help="weight decay")
-    add("--warmup", type=nonnegative, help="epochs of linear warm-up before the cosine")
-    add("--k", type=positive, help="neighbours of the kNN monitor")
-    add("--knn-every", type=positive, help="epochs from one kNN monitor to the next")
-    add("--dim", type=positive, help="features of the projections")
-    add("--layers", type=positive, help="layers of the projector")
-    known, _ = parser.parse_known_args(argv)
-    recipe = known.recipe or known.data
-    if recipe not in RECIPES:
-        parser.error(f"--data {known.data} is none of {', '.join(RECIPES)}: for a folder, add --recipe and one of them")
-    parser.set_defaults(recipe=recipe, **RECIPES[recipe])
-    add("-h", "--help", action="help", help="show this, with the recipe of --data")
-    args = parser.parse_args(argv)
-
-    if not any(args.weights):
-        parser.error("--weights must not all be 0")
-    if args.size < 8 or args.crop > 1 or args.warmup >= args.epochs:
-        parser.error("--size must be 8 or more, --crop 1 or less, --warmup shorter than --epochs")
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) and not args.out:
-        parser.error("--max-restarts needs --out, or each restart would begin anew")
-    try:
-        augment.parse_policy(args.heavy, args.size)
-    except ValueError as error:
-        parser.error(f"--heavy: {error}")
-    return args
+    dist.all_reduce(totals)
+    loss, std = (totals / (steps * dist.get_world_size())).tolist()
+    seconds = time.time() - start
+    for buffer in ddp.module.buffers():  # without SyncBN each rank has BN statistics of its own: now all have rank 0's
+        dist.broadcast(buffer, 0)
+    if not all(x.isfinite().all() for x in (totals, *ddp.module.state_dict().values())):
+        sys.exit(f"the loss or a weight is not finite in epoch {epoch}, which is not saved: lower --lr")
+    return dict(loss=loss, std=std, lr=lr, images_per_s=steps * args.batch / seconds, seconds=seconds)
 
 
 # ------------------------------------------------------------ monitors
 
 @torch.no_grad()
 def spread(z):
-    """√d times the std of normalised projections (v, b, d) over b: 0 is collapse to a point; 1 proves little."""
+    """√d times the std over b of normalised projections (v, b, d): 0 is collapse to a point, unrelated ones have 1."""
     return F.normalize(z.float(), dim=-1).std(1).mean() * z.shape[-1] ** 0.5
 
 
 def knn_predict(query, bank, labels, classes, k=200, t=0.1):
     """Weighted nearest-neighbour classification by cosine similarity (Wu et al., arXiv 1805.01978).
 
-    query (q, d), bank (n, d), labels (n,) in [0, classes) → (q,) labels. The k nearest rows of the bank (all of them,
-    where it has fewer) vote for their labels, each with weight exp(similarity / t); rows with labels below 0 do not.
+    query (q, d), bank (n, d), labels (n,) in [0, classes) → (q,) labels. The k nearest rows of the bank, or all of a
+    smaller one, vote with weight exp(similarity / t). Rows with a label of -1, which are no images, do not vote.
     """
-    norms = torch.linalg.vector_norm(bank, dim=1, dtype=torch.float).clamp(min=1e-6)  # to normalise it would copy it
+    # Similarities are divided by the bank's norms, since a normalised bank would be a second one in memory.
+    norms = torch.linalg.vector_norm(bank, dim=1, dtype=torch.float).clamp(min=1e-6)
     out = []
     for part in F.normalize(query, dim=1, eps=1e-6).split(32):  # so that no q × n similarities are in memory
         similarity = (part @ bank.T).float().div_(norms).masked_fill_(labels < 0, -torch.inf)
@@ -229,20 +206,15 @@ def knn_predict(query, bank, labels, classes, k=200, t=0.1):
 @torch.no_grad()
 def features(backbone, loader, bf16):
     """Features (n, d), BN in eval mode, and labels (n,) of this rank's share of the images."""
-    n = sum(map(len, loader.order))  # which images make up each batch
-    done = 0
+    out, labels = [], []
     backbone.eval()
     for x, label in loader:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             y = backbone(augment.normalize(x / 255))
-        if done == 0:  # ImageNet's bank takes 5 GB in half precision: it is never there twice
-            bank = y.new_empty(n, y.shape[1], dtype=torch.half if y.is_cuda else torch.float)
-            labels = label.new_empty(n)
-        bank[done : done + len(y)], labels[done : done + len(y)] = y, label
-        done += len(y)
-        say(f"kNN: {done:,} of {n:,} images", live=True)
+        out.append(y.half() if y.is_cuda else y.float())  # in half precision ImageNet's take 5 GB
+        labels.append(label)
     backbone.train()
-    return bank, labels
+    return torch.cat(out), torch.cat(labels)
 
 
 def gather(x):
@@ -261,72 +233,118 @@ def knn_accuracy(backbone, bank_loader, query_loader, classes, k=200, bf16=False
     bank, labels = map(gather, features(backbone, bank_loader, bf16))
     query, truth = features(backbone, query_loader, bf16)
     right = knn_predict(query, bank, labels, classes, k) == truth
-    count = torch.stack([right.sum(), (truth >= 0).sum()]).double()  # below 0: no image
-    dist.all_reduce(count)
-    return (100 * count[0] / count[1]).item()
-
-
-# ------------------------------------------------------------ train
-
-def learning_rate(step, steps, warmup, base):
-    """Linear warm-up over the first `warmup` steps, then half a cosine from base to 0."""
-    if step < warmup:
-        return base * min(1, (step + 1) / warmup)
-    return base * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-
-def make_views(crops, heavy, args):
-    """Crops (b, v, c, h, w) → SVs and HVs in [0, 1], (2 · pairs, b, c, h, w) each, none where no weight needs them.
-
-    v is 2 · pairs or, with --hv-from image, twice that: HVs are then made of SVs of their own, the second half.
-    """
-    alpha, beta, gamma, delta = args.weights
-    n = 2 * args.pairs * len(crops)
-    views = augment.standard(rearrange(crops, "b v c h w -> (v b) c h w"), args.flip, args.blur)
-    sv, source = views[:n], views[-n:]  # all of them both times, or the two halves
-    hv = heavy(source) if beta or gamma or delta else source[:0]
-    sv = sv if alpha or gamma or delta else sv[:0]
-    return [rearrange(x, "(v b) c h w -> v b c h w", b=len(crops)) for x in (sv, hv)]
-
-
-def train_epoch(epoch, ddp, optimizer, loader, heavy, args, out):
-    """One pass over the images, the first is epoch 1 → what the log says of it."""
-    rank, world, steps = dist.get_rank(), dist.get_world_size(), len(loader)
-    pairs = [slice(k, k + 2) for k in range(0, 2 * args.pairs, 2)]
-    totals = torch.zeros(2, dtype=torch.float64, device=loader.device)  # of loss and std
-    start = time.time()
-    loader.set_epoch(epoch - 1)
-    for i, (crops, _) in enumerate(loader):
-        step = (epoch - 1) * steps + i
-        torch.manual_seed(hash((args.seed, step, rank)))  # so that nothing random has to be saved
-        lr = learning_rate(step, args.epochs * steps, args.warmup * steps, args.lr * args.batch / 256)
-        optimizer.param_groups[0]["lr"] = lr
-
-        sv, hv = make_views(crops, heavy, args)
-        with torch.autocast(crops.device.type, torch.bfloat16, enabled=args.bf16):
-            p, z, p_hat, z_hat = ddp(augment.normalize(sv), augment.normalize(hv))
-        loss = sum(dssl_loss(p[pair], z[pair], p_hat[pair], z_hat[pair], args.weights) for pair in pairs)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-        totals += torch.stack([loss.detach(), spread(torch.stack(z + z_hat))])
-        if step == 0 and rank == 0:
-            rows = [("SV", x[:10]) for x in sv] + [("HV", x[:10]) for x in hv]
-            augment.draw_views(rows, out / "views.png", scale=max(1, 96 // args.size))
-        if i % 10 == 9:
-            rate = (i + 1) * args.batch / (time.time() - start)
-            minutes = (args.epochs * steps - step) * args.batch / rate / 60
-            say(f"epoch {epoch:3d}  step {i + 1}/{steps}  {rate:,.0f} images/s  {minutes:.0f} min left", live=True)
-
+    totals = torch.stack([right.sum(), (truth >= 0).sum()]).double()  # below 0: no image
     dist.all_reduce(totals)
-    loss, std = (totals / (steps * world)).tolist()
-    seconds = time.time() - start
-    for buffer in ddp.module.buffers():  # without SyncBN each rank has BN statistics of its own: now all have rank 0's
-        dist.broadcast(buffer, 0)
-    if not all(x.isfinite().all() for x in (totals, *ddp.module.state_dict().values())):
-        sys.exit(f"the loss or a weight is not finite in epoch {epoch}, which is not saved: lower --lr")
-    return dict(loss=loss, std=std, lr=lr, images_per_s=steps * args.batch / seconds, seconds=seconds)
+    return (100 * totals[0] / totals[1]).item()
+
+
+# ------------------------------------------------------------ recipes
+# --data names one, any flag overrides its entry. lr is for a batch of 256 and scales with --batch: glyphs' 32 images a
+# step have 0.06. Glyphs: found by trial, for a few minutes on two CPU cores.
+# CIFAR-10 and ImageNet: SimSiam's, but its predictor's lr is not fixed (§4.1 of DSSL); HVs by DSSL's released code.
+
+RECIPES = {
+    "glyphs": dict(
+        arch="small", stem="cifar", size=24, crop=0.8, flip=False, blur=False, heavy="ra(2,9,paper)",
+        batch=32, epochs=5, k=50, knn_every=1,
+        lr=0.48, wd=5e-4, warmup=0.0, dim=512, layers=3),
+    "cifar10": dict(
+        arch="resnet18", stem="cifar", size=32, crop=0.2, flip=True, blur=False, heavy="ra(2,5)",
+        batch=512, epochs=800, k=200, knn_every=10,
+        lr=0.03, wd=5e-4, warmup=0.0, dim=2048, layers=2),
+    "imagenet": dict(
+        arch="resnet50", stem="imagenet", size=224, crop=0.2, flip=True, blur=True, heavy="0.9*ra(2,5)|0.1*jigsaw(4)",
+        batch=512, epochs=100, k=200, knn_every=5,
+        lr=0.05, wd=1e-4, warmup=0.0, dim=2048, layers=3),
+}
+MAY_CHANGE = ("data", "root", "out", "workers", "bf16", "k", "knn_every")  # when a run goes on; all else must agree
+
+
+def positive(text):
+    """An integer from 1 on, as a type for argparse, whose messages have the function's name."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def count(text):
+    """An integer from 0 on, of 32 bits: hash(), which makes the seeds of steps, keeps these apart."""
+    if not 0 <= int(text) < 2**32:
+        raise ValueError
+    return int(text)
+
+
+def nonnegative(text):
+    """A finite number from 0 on."""
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def parse_args(argv=None):
+    """The complete settings, or an exit that says what to change."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False,
+        add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, boolean = parser.add_argument, argparse.BooleanOptionalAction
+    add("--data", default="glyphs", help="glyphs, cifar10, imagenet, or a folder of images")
+    add("--recipe", choices=RECIPES, help="whose settings to take; a folder needs it")
+    add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it")
+    add("--weights", nargs=4, metavar="W", type=nonnegative, default=[1.0, 0.0, 1.0, 0.0], help="alpha to delta, Eq. 6")
+    add("--pairs", type=positive, default=1, help="pairs of SVs, their losses summed; 2 cost what DSSL does")
+    add("--hv-from", choices=["sv", "image"], default="sv", help="make HVs of the SVs they learn from or of new ones")
+    add("--out", help="folder to write into and to go on from; without it, a new one under runs/")
+    add("--seed", type=count, default=0, help="of all that is random")
+    add("--workers", type=count, default=8, help="processes that read images, a rank")
+    add("--bf16", action=boolean, default=torch.cuda.is_bf16_supported(including_emulation=False), help="or in float")
+
+    add("--arch", choices=["small", "resnet18", "resnet34", "resnet50", "resnet101"], help="backbone")
+    add("--stem", choices=["cifar", "imagenet"], help="3 x 3 and no max-pool, or 7 x 7 and max-pool")
+    add("--size", type=positive, help="pixels a side of a view")
+    add("--crop", type=nonnegative, help="smallest crop, as a share of the image's area")
+    add("--flip", action=boolean, help="mirror SVs at random")
+    add("--blur", action=boolean, help="blur SVs at random")
+    add("--heavy", help="SV to HV: ra(n,m), ra(n,m,paper), ua, jigsaw(n); a+b: a, then b; 0.9*a|0.1*b: either")
+    add("--batch", type=positive, help="images a step, over all ranks")
+    add("--epochs", type=positive, help="passes over the images")
+    add("--lr", type=nonnegative, help="learning rate for a batch of 256; it scales with the batch")
+    add("--wd", type=nonnegative, help="weight decay")
+    add("--warmup", type=nonnegative, help="epochs of linear warm-up before the cosine")
+    add("--k", type=positive, help="neighbours of the kNN monitor")
+    add("--knn-every", type=positive, help="epochs from one kNN monitor to the next")
+    add("--dim", type=positive, help="features of the projections")
+    add("--layers", type=positive, help="layers of the projector")
+    known, _ = parser.parse_known_args(argv)  # a first time, for --data: its recipe gives the defaults of the rest
+    recipe = known.recipe or known.data
+    if recipe not in RECIPES:
+        parser.error(f"--data {known.data} is none of {', '.join(RECIPES)}: for a folder, add --recipe and one of them")
+    parser.set_defaults(recipe=recipe, **RECIPES[recipe])
+    add("-h", "--help", action="help", help="show this, with the recipe of --data")
+    args = parser.parse_args(argv)
+
+    if not any(args.weights) or args.size < 8 or args.crop > 1 or args.warmup >= args.epochs:
+        parser.error("--weights must not all be 0, --size must be 8 or more, --crop 1 or less, --warmup below --epochs")
+    try:
+        augment.parse_policy(args.heavy, args.size)
+    except ValueError as error:
+        parser.error(f"--heavy: {error}")
+    return args
+
+
+# ------------------------------------------------------------ run
+
+def join():
+    """Join torchrun's ranks or, where it did not start this process, a world of one → this rank's device."""
+    cuda = torch.cuda.is_available()
+    if not dist.is_initialized():  # as it is in a notebook that trains for the second time
+        alone = {} if os.environ.get("WORLD_SIZE") else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("nccl" if cuda and dist.is_nccl_available() else "gloo", **alone)
+    if not cuda:
+        return torch.device("cpu")
+    device = torch.device("cuda", dist.get_node_local_rank(0))
+    torch.cuda.set_device(device)  # where processes are more than GPUs, torch says so here
+    torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try what is fastest for it
+    return device
 
 
 def say(text, live=False):
@@ -352,20 +370,6 @@ def report(history, epochs):
         say("WARNING: kNN is hardly above the untrained network's: nothing useful is being learnt")
 
 
-def join():
-    """Join torchrun's ranks or, where it did not start this process, a world of one → this rank's device."""
-    cuda = torch.cuda.is_available()
-    if not dist.is_initialized():  # as it is in a notebook that trains for the second time
-        alone = {} if os.environ.get("WORLD_SIZE") else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("nccl" if cuda and dist.is_nccl_available() else "gloo", **alone)
-    if not cuda:
-        return torch.device("cpu")
-    device = torch.device("cuda", dist.get_node_local_rank(0))
-    torch.cuda.set_device(device)  # where processes are more than GPUs, torch says so here
-    torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try what is fastest for it
-    return device
-
-
 def save(content, path):
     """All or nothing: into another file, which then replaces the old one."""
     data, part = io.BytesIO(), path.with_suffix(".part")
@@ -374,39 +378,35 @@ def save(content, path):
     part.replace(path)
 
 
-def load(path, settings):
-    """What a run with these settings has saved there, or None; rank 0 reads it for all ranks."""
-    state = [None]
+def load(path, settings, model, optimizer):
+    """Take up what a run with these settings has saved there → its history, [] if there is none. Rank 0 reads it."""
+    state = [dict(settings=settings, history=[])]  # of a run that begins
     if dist.get_rank() == 0 and path.exists():
-        state = [torch.load(path, map_location="cpu", weights_only=True)]
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            state = [{key: found[key] for key in ("settings", "history", "model", "optimizer")}]
+        except Exception as error:  # a damaged file can make torch raise anything
+            sys.exit(f"{path} is damaged, or not a checkpoint of ours ({type(error).__name__}): take another --out")
     dist.broadcast_object_list(state)
     state = state[0]
-    there = state["settings"] if state else settings
+    there = state["settings"]
     odd = [f"{key} {there.get(key)}, not {value}" for key, value in settings.items() if value != there.get(key)]
     if odd:
         sys.exit(f"{path} is of a run with {'; '.join(odd)}: take that, or another --out")
-    return state
+    if state["history"]:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    return state["history"]
 
 
 def train(args):
-    # the run in --out, if there is one, goes on
     device = join()
     rank, world, script = dist.get_rank(), dist.get_world_size(), Path(__file__).stem
     out = Path(args.out or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").expanduser()
-    settings = {"script": script} | {key: value for key, value in vars(args).items() if key not in FREE}
-    state = load(out / "checkpoint.pt", settings)
-    history = state["history"] if state else []  # an entry an epoch, the lines of log.jsonl
-    if len(history) > args.epochs:  # it begins with epoch 0
-        say(f"{str(out)!a} is complete: nothing is left to train")
-        return
 
     # data
     train_set, test_set = augment.load_data(args.data, args.root, args.size, download=world == 1)
     images = [len(data.images) if data else 0 for data in (train_set, test_set)]
-    expected = [state["images"] if state else images]  # rank 0's: each node may have its own copy
-    dist.broadcast_object_list(expected)
-    if images != expected[0]:
-        sys.exit(f"rank {rank} has {images} images (to train, to test), this run {expected[0]}")
     if args.batch % world or not 2 * world <= args.batch <= images[0]:
         sys.exit(f"--batch must divide by {world} ranks into 2 or more each, and be at most the {images[0]} images")
     crops = 4 * args.pairs if args.hv_from == "image" else 2 * args.pairs
@@ -415,7 +415,6 @@ def train(args):
     monitor = [augment.EvalLoader(data, 256, args.size, **share) for data in (train_set, test_set)] if test_set else []
     classes = max(1, len(train_set.classes))
     k = min(args.k, max(1, images[0] // classes // 4))  # or images of a small class find too few of their own
-    heavy = augment.parse_policy(args.heavy, args.size)
 
     # model
     torch.manual_seed(args.seed)
@@ -425,42 +424,40 @@ def train(args):
     ddp = nn.parallel.DistributedDataParallel(model)
     ddp.broadcast_buffers = False  # once an epoch will do; the argument of this name is deprecated
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd)
-    if state:
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
 
-    code = zlib.crc32(Path(__file__).read_bytes() + Path(augment.__file__).read_bytes())
+    # the run in --out, if there is one, goes on
+    settings = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
+    settings |= dict(script=script, images=images)
+    history = load(out / "checkpoint.pt", settings, model, optimizer)  # an entry an epoch, the lines of log.jsonl
     if rank == 0:
         out.mkdir(parents=True, exist_ok=bool(args.out))  # a new folder must not be another run's
-        (out / "settings.json").write_text(json.dumps(vars(args) | dict(script=script, images=images), indent=2))
+        (out / "settings.json").write_text(json.dumps(vars(args) | settings, indent=2))
     say(f"{script} on {args.data!a}: {images[0]:,} images, {f'kNN with k {k}' if monitor else 'no labels, so no kNN'}")
     say(f"{args.weights} x (SV <-> SV, HV <-> HV, SV <- HV, HV <- SV), pairs {args.pairs}, heavy {args.heavy}")
     say(f"{args.arch} at {args.size} px, batch {args.batch}, lr {args.lr * args.batch / 256:g}, "
         f"{args.epochs} epochs of {len(loader)} steps, {world} x {device.type}")
     say(f"if it is interrupted, the same command with --out {str(out)!a} goes on")
-    if state and state["code"] != code:
-        say("WARNING: the code has changed since this run's last epoch")
 
     for epoch in range(len(history), args.epochs + 1):  # epoch 0 trains nothing: it measures the untrained network
         entry = dict(epoch=epoch)
         if epoch > 0:
-            entry |= train_epoch(epoch, ddp, optimizer, loader, heavy, args, out)
+            entry |= train_epoch(epoch, ddp, optimizer, loader, args, out)
         if monitor and (epoch % args.knn_every == 0 or epoch == args.epochs):
+            say(f"epoch {epoch:3d}  the kNN monitor reads {sum(images):,} images", live=True)
             entry["knn"] = knn_accuracy(model.backbone, *monitor, classes, k, args.bf16)
         history.append(entry)
         if rank == 0:
             report(history, args.epochs)
-            save({key: x.cpu().contiguous() for key, x in model.backbone.state_dict().items()}, out / "backbone.pt")
+            backbone = {key: x.cpu().contiguous() for key, x in model.backbone.state_dict().items()}
+            save(backbone, out / "backbone.pt")  # in torch's usual memory format, not channels_last
             (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
-            content = dict(settings=settings, images=images, code=code, history=history)
-            content |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-            save(content, out / "checkpoint.pt")  # the last: what it does not know has not happened
+            state = dict(settings=settings, history=history, model=model.state_dict(), optimizer=optimizer.state_dict())
+            save(state, out / "checkpoint.pt")  # comes last: a run goes on after the epochs that this file knows
 
-    say(f"complete: {str(out)!a} has the backbone")
+    say(f"complete: {str(out / 'backbone.pt')!a}")
     if monitor:
-        say(f"its linear evaluation: python {str(Path(__file__).with_name('linear_eval.py'))!a} "
-            f"{str(out / 'backbone.pt')!a} --data {args.data!a} --root {args.root!a} "
-            f"--recipe {args.recipe} --size {args.size}")
+        say(f"python {str(Path(__file__).with_name('linear_eval.py'))!a} {str(out / 'backbone.pt')!a} "
+            f"--data {args.data!a} --root {args.root!a} --recipe {args.recipe} --size {args.size}")
 
 
 def main():
@@ -468,7 +465,7 @@ def main():
     atexit.register(os._exit, 1)  # once an error is printed, this rank ends: NCCL's group would wait for the others
     try:
         train(args)
-    except OSError as error:  # no such data, a full disk; the last line, since a worker's brings its traceback
+    except OSError as error:  # no such data, a full disk; of a worker's error the last line says it, after a traceback
         sys.exit(f"{Path(__file__).name}: {(str(error) or repr(error)).splitlines()[-1]}")
     atexit.unregister(os._exit)
     dist.destroy_process_group()  # train()'s DDP is gone by now: with torch 2.11 the other order can wait for ever

@@ -989,7 +989,7 @@ def refusal(function, *args):
 
 WRONG = """--weights 0 0 0 0|--weights 1 0 -1 0|--weights 1 0 1|--weights 1 0 1 0 1|--weights 1 0 x 0|--weights nan 0 0 0|--weights 1 0 inf 0
 --batch 0|--batch x|--batch 2.5|--epochs 0|--epochs -3|--lr -1|--lr nan|--lr inf|--wd -1|--warmup 5|--size 4|--crop 1.1|--crop nan
---pairs 0|--hv-from nowhere|--data nowhere|--recipe nowhere|--arch resnet19|--stem big|--k 0|--knn-every 0|--workers x
+--workers -1|--seed -1|--seed 18446744073709551616|--pairs 0|--hv-from nowhere|--data nowhere|--recipe nowhere|--arch resnet19|--stem big|--k 0|--knn-every 0|--workers x
 --heavy nothing|--heavy ra(2)|--heavy ra(2,99)|--heavy jigsaw(13)|--heavy 0.9*ra(2,5)|--seed x|--dim 0|--nonsense 1
 nonsense|--flip yes|--batch|--dat cifar10""".replace("\n", "|").split("|")
 
@@ -1004,7 +1004,7 @@ def test_wrong_command_lines(m):
 
 
 @pytest.mark.parametrize("line", """|net.pt --protocol adam|net.pt --batch 0|net.pt --epochs 0|net.pt --lr x|net.pt --size x|net.pt --size 7|net.pt --prot sgd
-net.pt --data nowhere|net.pt --recipe nowhere|net.pt --seed x|net.pt --workers x|net.pt net.pt|--data glyphs""".replace("\n", "|").split("|"))
+net.pt --data nowhere|net.pt --recipe nowhere|net.pt --seed x|net.pt --seed -1|net.pt --workers -1|net.pt --workers x|net.pt net.pt|--data glyphs""".replace("\n", "|").split("|"))
 def test_wrong_command_lines_of_linear_eval(line, capsys):
     with pytest.raises(SystemExit) as end:
         linear_eval.parse_args(line.split())
@@ -1035,12 +1035,11 @@ def test_a_recipe_is_complete_shown_by_help_and_overridden_by_flags(m, name, cap
     assert text.isascii() and all(f"(default: {recipe[key]})" in text for key in ("arch", "batch", "epochs", "lr", "heavy"))
 
 
-def test_restarts_need_a_folder(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    assert "--max-restarts needs --out" in refusal(simsiam_dssl.parse_args, [])
-    simsiam_dssl.parse_args(["--out", "somewhere"])
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
-    simsiam_dssl.parse_args([])
+def test_scripts_run_without_their_docstrings(tmp_path):
+    for script in ("simsiam_dssl", "byol_dssl", "simclr_dssl", "linear_eval", "augment"):
+        command = [sys.executable, "-OO", str(Path(augment.__file__).with_name(f"{script}.py")), "--help"]
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        assert ended.returncode == 0 and "usage: " in ended.stdout, ended.stderr
 
 
 @pytest.mark.parametrize("environment", ["", "RANK= WORLD_SIZE=", "MASTER_ADDR=host MASTER_PORT=1 LOCAL_WORLD_SIZE=0"])
@@ -1228,10 +1227,10 @@ def test_short_run(m, folder, tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "a" / "settings.json").read_text()).items() >= dict(script=m.__name__, images=[36, 10], lr=0.48, seed=0).items()
     backbone = weights(tmp_path / "a")
 
-    monkeypatch.setattr(augment, "load_data", None)  # a complete run says so, before anything is read
-    run(m, folder, tmp_path / "a")
-    assert "is complete" in capsys.readouterr().out and equal(weights(tmp_path / "a"), backbone) and log(tmp_path / "a") == entries
-    monkeypatch.undo()
+    run(m, folder, tmp_path / "a")  # of a complete run nothing is left to do
+    text = capsys.readouterr().out
+    assert f"complete: {str(tmp_path / 'a' / 'backbone.pt')!a}" in text and "\nepoch" not in text
+    assert equal(weights(tmp_path / "a"), backbone) and log(tmp_path / "a") == entries
 
     calls, real = itertools.count(), m.dssl_loss  # a crash in the second epoch's second step, and on from the first's end
 
@@ -1260,7 +1259,7 @@ def test_every_kind_of_run(m, flags, folder, tmp_path, monkeypatch, capsys):
     entry, pairs = log(tmp_path)[1], 1 + ("--pairs" in flags)
     text = capsys.readouterr().out
     assert "knn" not in entry and "no labels, so no kNN" in text and len(values) == 2 * pairs
-    assert text.splitlines()[-1] == f"complete: {str(tmp_path)!a} has the backbone"
+    assert text.splitlines()[-1] == f"complete: {str(tmp_path / 'backbone.pt')!a}"  # and no command: it would need labels
     assert entry["loss"] == pytest.approx(sum(value.item() for _, value in values) / 2, abs=1e-6)
     assert all(args[-1] == list(map(float, flags.split()[1:5])) for args, _ in values)
     if pairs == 2:  # each pair of views once
@@ -1285,6 +1284,25 @@ def test_views_that_are_forwarded(folder, tmp_path, monkeypatch):
     for i, flags in enumerate(["", "--weights 1 0 0 0", "--weights 1 0 0 0 --pairs 2", "--weights 0 1 0 0 --pairs 2", "--hv-from image"]):
         run(simsiam_dssl, folder, tmp_path / str(i), *flags.split(), "--epochs", "1", "--batch", "36")
     assert seen == [(2, 2), (2, 0), (4, 0), (0, 4), (2, 2)]
+
+
+def test_each_step_and_rank_draws_views_of_its_own(folder, monkeypatch):
+    train, _ = augment.load_data(str(folder), "", 16)
+    args = settings(simsiam_dssl, "--size", "16", "--batch", "12")
+
+    def views(epoch, rank, seed=0):
+        """Each step's first SV and HV; all ranks get the same images and crops here."""
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        args.seed = seed
+        loader = augment.TrainLoader(train, 12, 2, 16)
+        loader.order = loader.order[:1] * 2
+        monkeypatch.setattr(loader, "set_epoch", lambda epoch: None)
+        return [torch.stack([sv[0], hv[0]]) for sv, hv in simsiam_dssl.make_views(loader, args, epoch)]
+
+    first = views(1, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, views(1, 0)))
+    for other in (views(2, 0), views(1, 1), views(1, 0, seed=1)):
+        assert all(not torch.equal(a[i], b[i]) for a, b in zip(first, other) for i in range(2))
 
 
 @pytest.mark.parametrize("source", ["sv", "image"])
@@ -1387,7 +1405,7 @@ def interrupted(folder, out, *flags):
     assert [entry["epoch"] for entry in log(out)] == [0, 1]
 
 
-def test_what_a_run_may_change_and_what_not(folder, tmp_path, capsys):
+def test_what_a_run_may_change_and_what_not(folder, tmp_path):
     photos, out, half = tmp_path / "photos", tmp_path / "run", tmp_path / "half"
     for split in ("train", "val"):
         (photos / split).mkdir(parents=True)
@@ -1398,7 +1416,6 @@ def test_what_a_run_may_change_and_what_not(folder, tmp_path, capsys):
         interrupted(folder, half / str(i))
         run(simsiam_dssl, same, half / str(i), *flags.split())  # what hardware, folders and the monitor decide is free
         assert equal(weights(half / str(i)), weights(out)) == ("--bf16" not in flags)
-    assert "the code has changed" not in capsys.readouterr().out
     lr = simsiam_dssl.RECIPES["glyphs"]["lr"]
     assert f"of a run with lr {lr}, not 0.5" in refusal(run, simsiam_dssl, folder, out, "--lr", "0.5")
     assert "epochs 2, not 3" in refusal(run, simsiam_dssl, folder, out, "--epochs", "3")
@@ -1408,7 +1425,21 @@ def test_what_a_run_may_change_and_what_not(folder, tmp_path, capsys):
     for path in sorted((folder / "train" / "class0").iterdir())[1:]:
         (photos / "train" / "class0" / path.name).symlink_to(path)
     interrupted(folder, half / "images")
-    assert "rank 0 has [35, 10] images (to train, to test), this run [36, 10]" in refusal(run, simsiam_dssl, photos, half / "images")
+    assert "of a run with images [36, 10], not [35, 10]" in refusal(run, simsiam_dssl, photos, half / "images")
+
+
+@pytest.mark.parametrize("content", ["empty", "text", "cut", "weights", "list"])
+def test_a_damaged_checkpoint_is_named_and_kept(content, folder, tmp_path):
+    interrupted(folder, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    if content in ("weights", "list"):  # of another program
+        torch.save(weights(tmp_path) if content == "weights" else [1, 2], path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"no checkpoint", "cut": whole[: len(whole) // 2]}[content])
+    before = path.read_bytes()
+    assert refusal(run, simsiam_dssl, folder, tmp_path).startswith(f"{path} is damaged, or not a checkpoint of ours (")
+    assert path.read_bytes() == before
 
 
 def test_ranks_with_other_images_are_refused(folder, tmp_path, monkeypatch):
@@ -1417,26 +1448,16 @@ def test_ranks_with_other_images_are_refused(folder, tmp_path, monkeypatch):
 
     def from_rank_0(objects):
         real(objects)
-        if objects == [[36, 10]]:
-            objects[0] = [40, 10]
+        objects[0] = objects[0] | dict(settings=objects[0]["settings"] | dict(images=[40, 10]))
 
     monkeypatch.setattr(dist, "broadcast_object_list", from_rank_0)
-    assert "rank 0 has [36, 10] images (to train, to test), this run [40, 10]" in refusal(run, simsiam_dssl, folder, tmp_path / "run")
+    assert "with images [40, 10], not [36, 10]" in refusal(run, simsiam_dssl, folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_simclr_gathers_only_where_there_are_ranks(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(simclr_dssl, "Gather", None)  # gloo in a world of one would slow torch's threads down for good
     run(simclr_dssl, folder, tmp_path, "--epochs", "1", "--batch", "36")
-
-
-def test_other_code_goes_on_with_a_line(folder, tmp_path, capsys, monkeypatch):
-    interrupted(folder, tmp_path / "run")
-    edited = tmp_path / "simsiam_dssl.py"
-    edited.write_text(Path(simsiam_dssl.__file__).read_text() + "# edited\n")
-    monkeypatch.setattr(simsiam_dssl, "__file__", str(edited))
-    run(simsiam_dssl, folder, tmp_path / "run")
-    assert capsys.readouterr().out.count("WARNING: the code has changed") == 1 and len(log(tmp_path / "run")) == 3
 
 
 def test_without_out_each_run_has_a_folder_of_its_own(folder, tmp_path, monkeypatch, capsys):
@@ -1449,8 +1470,8 @@ def test_without_out_each_run_has_a_folder_of_its_own(folder, tmp_path, monkeypa
     for name in folders:
         assert sum(f"the same command with --out '{name}' goes on" in text for text in outputs) == 1
         run_again = subprocess.run([sys.executable, simsiam_dssl.__file__, *line.split(), "--out", name], capture_output=True, text=True, timeout=120)
-        assert f"'{name}' is complete" in run_again.stdout and run_again.returncode == 0
-    command = outputs[0].splitlines()[-1].removeprefix("its linear evaluation: python ").split()  # as it stands, but for its length
+        assert f"complete: '{name}/backbone.pt'" in run_again.stdout and run_again.returncode == 0
+    command = outputs[0].splitlines()[-1].removeprefix("python ").split()  # as it stands, but for its length
     ended = subprocess.run(f"{sys.executable} {' '.join(command)} --epochs 1", shell=True, capture_output=True, text=True, timeout=120)
     assert json.loads(ended.stdout.splitlines()[-1])["images"] == 10, ended.stderr
 
@@ -1568,7 +1589,7 @@ def test_linear_eval_settings():
     def settings(line, images=50000, world=1):
         args = linear_eval.parse_args(["backbone.pt", *line.split()])
         linear_eval.choose(args, images, world)
-        return args.size, args.scale, args.flip, args.protocol, args.batch, args.epochs, args.lr * args.batch / 256, args.norm
+        return args.size, args.crop, args.flip, args.protocol, args.batch, args.epochs, args.lr * args.batch / 256, args.norm
 
     assert settings("--data cifar10") == (32, 0.8, True, "sgd", 256, 100, 30, 1)
     assert settings("--data imagenet", 1281167) == (224, 0.08, True, "lars", 4096, 90, pytest.approx(1.6), 1)
@@ -1649,18 +1670,24 @@ def test_linear_eval(protocol, kind, batch, size, folder, tmp_path, capsys, monk
     assert equal(weights(tmp_path), before)
 
 
-def test_linear_eval_refuses(folder, tmp_path, monkeypatch):
+def test_linear_eval_refuses(tmp_path):
     (tmp_path / "text.pt").write_text("no weights")
     torch.save({"conv1.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "other.pt")
     torch.save({"model": {}, "step": 1}, tmp_path / "checkpoint.pt")
     for name in ("text.pt", "other.pt", "checkpoint.pt", "missing.pt"):
         with pytest.raises(OSError, match=name):
             linear_eval.load_backbone(tmp_path / name)
+
+
+def test_the_backbone_stays_what_it_is(folder, tmp_path, monkeypatch):
+    """In memory, too: were its BN in training mode, the evaluation would not be a linear one."""
     torch.save(simsiam_dssl.make_backbone("small", "cifar")[0].state_dict(), tmp_path / "net.pt")
-    line = [str(tmp_path / "net.pt"), "--data", str(folder), "--recipe", "glyphs", "--size", "16", "--batch", "12", "--epochs", "1"]
-    monkeypatch.setattr(linear_eval, "load_backbone", lambda path: (torch.nn.Sequential(nn.Flatten(), nn.BatchNorm1d(768)), 768))
+    kept, real = [], linear_eval.load_backbone
+    monkeypatch.setattr(linear_eval, "load_backbone", lambda path: kept.append(real(path)) or kept[-1])
+    line = [str(tmp_path / "net.pt"), "--data", str(folder), "--recipe", "glyphs", "--size", "16", "--batch", "12"]
     with undisturbed():
-        assert "backbone has changed" in refusal(linear_eval.train, linear_eval.parse_args(line))  # a BN left in train mode
+        linear_eval.train(linear_eval.parse_args([*line, "--epochs", "1"]))
+    assert equal(kept[0][0].state_dict(), torch.load(tmp_path / "net.pt", weights_only=True))
 
 
 # ------------------------------------------------------------------------------------------------- several ranks
