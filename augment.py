@@ -17,7 +17,7 @@ DSSL: "Directional Self-supervised Learning for Heavy Image Augmentations", CVPR
 UniformAugment: arXiv 2003.14348.   "released" below is the code that the authors of DSSL published.
 """
 import argparse
-import functools
+import contextlib
 import math
 import os
 import re
@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision import datasets, utils
 from torchvision.transforms import Compose
 from torchvision.transforms.functional import pil_to_tensor, resize
@@ -47,9 +47,20 @@ def send(t, x):
     return t.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else t.to(x.device)
 
 
+def constant(values, x):
+    """Three values, one a channel, as a (3, 1, 1) tensor beside x."""
+    return send(torch.tensor(values, dtype=x.dtype), x).view(3, 1, 1)
+
+
 def column(v):
     """(b,) → (b, 1, 1, 1), to meet (b, 3, h, w)."""
     return v.view(-1, 1, 1, 1)
+
+
+def product(a, b):
+    """a @ b in their own precision, also where a caller's autocast would take it in another."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def by_choice(x, choice, functions, *args):
@@ -61,9 +72,9 @@ def by_choice(x, choice, functions, *args):
     sizes = choice.bincount(minlength=len(functions)).tolist()  # … and so many did
     args = [send(a[order], x).split(sizes) for a in args]
     out = x.clone()
-    for function, mine, *own in zip(functions, send(order, x).split(sizes), *args):
-        if function and len(mine):  # index_select is several times as fast as x[mine] on a CPU
-            out.index_copy_(0, mine, function(x.index_select(0, mine), *own))
+    for function, images, *rows in zip(functions, send(order, x).split(sizes), *args):  # rows: these images' of args
+        if function and len(images):  # index_select is several times as fast as x[images] on a CPU
+            out.index_copy_(0, images, function(x.index_select(0, images), *rows))
     return out
 
 
@@ -74,8 +85,8 @@ def level(x):
 
 def gray(x):
     """Luma as Pillow's mode "L" has it (ITU-R 601-2, rounded to a level): (b, 3, h, w) → (b, 1, h, w)."""
-    luma = constant((0.299, 0.587, 0.114), x.device, x.dtype).view(1, 3)
-    return level(luma @ x.flatten(2)).div_(255).view(len(x), 1, *x.shape[2:])
+    luma = product(constant((0.299, 0.587, 0.114), x).view(1, 3), x.flatten(2))
+    return level(luma).div_(255).view(len(x), 1, *x.shape[2:])
 
 
 def blend(other, x, v):
@@ -161,7 +172,7 @@ def cutout(x, v):
     top = (u[:, 1] * h - v / 2).clamp(min=0).floor()
     xs, ys = torch.arange(w, device=x.device)[None, :], torch.arange(h, device=x.device)[:, None]
     hole = (v > 0) & (xs >= left) & (xs <= left + v) & (ys >= top) & (ys <= top + v)  # both ends, as ImageDraw
-    return torch.where(hole[:, None], constant((125 / 255, 123 / 255, 114 / 255), x.device, x.dtype), x)
+    return torch.where(hole[:, None], constant((125 / 255, 123 / 255, 114 / 255), x), x)
 
 
 OPS = {
@@ -195,7 +206,7 @@ SPACES = {
         "Brightness": (0.1, 1.9), "Sharpness": (0.1, 1.9), "ShearX": (0, 0.3), "ShearY": (0, 0.3), "Cutout": (0, 40),
         "TranslateX": (0, 100), "TranslateY": (0, 100),
     },
-    "paper": {  # the RandAugment paper's 14, with torchvision's ranges (it rounds the bits, hence the halves)
+    "paper": {  # the RandAugment paper's 14, torchvision's ranges; posterize drops the halves, so bits are rounded
         "Identity": (0, 0), "AutoContrast": (0, 0), "Equalize": (0, 0), "Rotate": (0, 30), "Posterize": (8.5, 4.5),
         "Solarize": (255, 0), "Color": (1, 1.9), "Contrast": (1, 1.9), "Brightness": (1, 1.9), "Sharpness": (1, 1.9),
         "ShearX": (0, 0.3), "ShearY": (0, 0.3), "TranslateX": (0, 150 / 331), "TranslateY": (0, 150 / 331),
@@ -207,6 +218,7 @@ SPACES = {
         "Sharpness": (0.1, 1.9), "Cutout": (0, 0.2),
     },
 }
+# The magnitude at which an operation that has two directions does nothing.
 NEUTRAL = {"Rotate": 0, "ShearX": 0, "ShearY": 0, "TranslateX": 0, "TranslateY": 0,
            "Color": 1, "Contrast": 1, "Brightness": 1, "Sharpness": 1}
 
@@ -222,14 +234,12 @@ def operate(x, space, choice, strength):
     return by_choice(x, choice, functions, torch.lerp(low[choice], high[choice], strength))
 
 
-@functools.cache
 def ranges(space, height, width):
     """The low ends and the high ends of the operations' ranges, for images of that size, and a 0 for no operation."""
     ends = torch.tensor([*SPACES[space].values(), (0, 0)])
-    side = {"TranslateX": width, "TranslateY": height, "Cutout": width}
     if space != "released":  # the others give pixels as a share of the side
-        for i, name in enumerate(SPACES[space]):
-            ends[i] *= side.get(name, 1)
+        side = {"TranslateX": width, "TranslateY": height, "Cutout": width}
+        ends *= torch.tensor([side.get(name, 1) for name in (*SPACES[space], None)])[:, None]
     return ends.unbind(1)
 
 
@@ -289,6 +299,17 @@ class Jigsaw:
         return rearrange(tiles, "(b i j) c y x -> b c (i y) (j x)", i=n, j=n)
 
 
+class OneOf:
+    """One of several policies, drawn for every image with the given chances."""
+
+    def __init__(self, policies, chances):
+        self.policies, self.chances = policies, torch.tensor(chances)
+
+    def __call__(self, x):
+        choice = self.chances.multinomial(max(1, len(x)), replacement=True)  # it refuses to draw nothing
+        return by_choice(x, choice[: len(x)], self.policies)
+
+
 def parse_policy(text, size=None):
     """A heavy policy from text, as a callable x → x.
 
@@ -307,9 +328,7 @@ def parse_policy(text, size=None):
         chances = [1 / len(branches)] * len(branches)
     if None in chances or abs(sum(chances) - 1) > 1e-6:
         raise ValueError(f"policy '{text}': the probabilities before * must be given for every branch and add up to 1")
-    if len(branches) == 1:
-        return branches[0]
-    return lambda x: by_choice(x, torch.tensor(chances).multinomial(len(x), replacement=True), branches)
+    return OneOf(branches, chances) if len(branches) > 1 else branches[0]
 
 
 def parse_step(step, size):
@@ -350,26 +369,27 @@ def random_resized_crop(x, size, scale=(0.2, 1.0), generator=None):
     """A random box of every image, resized to size × size; (b, 3, h, w) uint8 or float → the same type.
 
     Each pixel of the crop is a mean over the image's, weighted by their rows and by their columns as in Pillow's
-    antialiased bilinear. So cropping and resizing are two matrices: crop = rows @ image @ columns.mT.
+    antialiased bilinear. So cropping and resizing are two matrix products an image, rows @ image @ columns.mT of each
+    channel. The three channels stand below each other in one matrix, since few large products are faster than many.
     """
     b, _, h, w = x.shape
     left, top, width, height = send(crop_boxes(b, h, w, scale, generator=generator), x).view(b, 4, 1, 1).unbind(1)
-    rows, columns = weights(top, height, h, size), weights(left, width, w, size)
-    out = columns @ rearrange(x, "b c h w -> b w (c h)").float()
-    out = rearrange(out, "b j (c h) -> b (j c) h", c=3) @ rows.mT
+    rows, columns = shares(top, height, h, size), shares(left, width, w, size)
+    out = product(columns, rearrange(x, "b c h w -> b w (c h)").float())
+    out = product(rearrange(out, "b j (c h) -> b (j c) h", c=3), rows.mT)
     out = rearrange(out, "b (j c) i -> b c i j", c=3)
     return (out.round_() if x.dtype == torch.uint8 else out).to(x.dtype).contiguous()
 
 
-def weights(start, length, side, size):
-    """(b, size, side): what the image's rows, or columns, weigh in each of the crop's; start and length (b, 1, 1)."""
+def shares(start, length, side, size):
+    """(b, size, side): the shares of the image's rows, or columns, in each of the crop's; start, length (b, 1, 1)."""
     step = length / size
     middle = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
     reach = step.clamp(min=1)  # from a middle to the next, or to the next pixel: there the weights are down at 0
     pixel = torch.arange(side, device=start.device)
-    weight = (1 - ((pixel + 0.5) / reach - middle / reach).abs_()).clamp_(min=0)
-    weight *= ((pixel >= start) & (pixel < start + length)).float()  # none from outside the box
-    return weight.div_(weight.sum(-1, keepdim=True))
+    share = (1 - ((pixel + 0.5) / reach - middle / reach).abs_()).clamp_(min=0)
+    share *= ((pixel >= start) & (pixel < start + length)).float()  # none from outside the box
+    return share.div_(share.sum(-1, keepdim=True))
 
 
 def flip(x, p=0.5):
@@ -388,7 +408,7 @@ def hue(x, v):
     moved = g + b - r + high - 2 * low
     turns = (moved / (6 * chroma).clamp(min=1e-6)).copysign(g - b) + v.view(-1, 1, 1)  # b h w
     # Back again: a channel is lowest up to a sixth of a turn from its complement, highest from a third on.
-    complements = constant((-1 / 2, -1 / 6, 1 / 6), x.device, x.dtype)
+    complements = constant((-1 / 2, -1 / 6, 1 / 6), x)
     away = turns[:, None] - complements  # b c h w
     away = (away - away.round()).abs_().clamp_(1 / 6, 1 / 3)  # without whole turns
     return away.mul_(6 * chroma[:, None]).add_((low - chroma)[:, None]).clamp_(0, 1)
@@ -396,12 +416,12 @@ def hue(x, v):
 
 def color_jitter(x, strength=(0.4, 0.4, 0.4, 0.1), p=0.8):
     """Brightness, contrast, saturation and hue, with probability p, in an order that each image draws."""
-    functions = [OPS["Brightness"], OPS["Contrast"], OPS["Color"], hue, None]
+    functions = [OPS["Brightness"], OPS["Contrast"], OPS["Color"], hue, None]  # the last for images that stay
     factor = (torch.rand(len(x), 4) * 2 - 1) * torch.tensor(strength) + torch.tensor([1, 1, 1, 0])
     order = torch.rand(len(x), 4).argsort(1)
     jittered = torch.rand(len(x), 1) < p
     for k in order.split(1, dim=1):  # four rounds; in each, image i goes through function k[i] with its own factor
-        x = by_choice(x, torch.where(jittered, k, 4)[:, 0], functions, factor.gather(1, k)[:, 0])
+        x = by_choice(x, torch.where(jittered, k, functions.index(None))[:, 0], functions, factor.gather(1, k)[:, 0])
     return x
 
 
@@ -410,7 +430,7 @@ def gaussian_blur(x, sigma):
     for _ in range(2):  # along the rows, then (transposed) along the columns
         at = torch.arange(x.shape[3], device=x.device)
         w = (-((at[:, None] - at) / sigma.view(-1, 1, 1)) ** 2 / 2).exp()
-        x = (x @ (w / w.sum(2, keepdim=True)).mT[:, None].to(x.dtype)).mT
+        x = product(x, (w / w.sum(2, keepdim=True)).mT[:, None].to(x.dtype)).mT
     return x
 
 
@@ -429,16 +449,10 @@ def standard(x, flips=True, blur=False):
     return x
 
 
-@functools.cache
-def constant(values, device, dtype):
-    """(3,) values as a (3, 1, 1) tensor that is made once for each device, so that later calls need no copy."""
-    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
-
-
 def normalize(x):
     """[0, 1] → about zero mean and unit deviation. ImageNet's statistics for all data, so that backbones can travel."""
     mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return (x - constant(mean, x.device, x.dtype)).div_(constant(std, x.device, x.dtype))
+    return (x - constant(mean, x)).div_(constant(std, x))
 
 
 # =====================================================================================================================
@@ -446,6 +460,7 @@ def normalize(x):
 # =====================================================================================================================
 
 ENDINGS = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".gif", ".avif")  # of the files that are read
+PICTURE = "views.png"  # so the names of our own pictures end: they are nobody's data
 SMALL = 64  # pixels a side: up to here images are kept in memory, and evaluated whole rather than by their middle
 MEMORY = 4e9  # bytes: where a training set would need more, it is streamed all the same, and so is what tests it
 
@@ -471,13 +486,18 @@ def load_data(data, root, size, download=True):
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: {layout}")
     val = folder / ("test" if (folder / "test").is_dir() and not (folder / "val").is_dir() else "val")
-    others = Counter()
+    others, together = Counter(), {}
     if named or (folder / "train").exists() or val.exists():
         train, test = find_classes(folder / "train", others), find_classes(val, others)
     else:  # no labels
         train, test = {"": find_images(folder, others)}, None
-    if others and os.environ.get("RANK") in (None, "", "0"):  # one line, not one a process
-        print(f"WARNING: {others.total()} files are left out: {dict(others.most_common(9))!a}", file=sys.stderr)
+        names = [path[len(str(folder)) + 1 :].split(os.sep) for path in train[""]]
+        together = Counter(first for first, *rest in names if rest)  # images of each folder in it
+    if os.environ.get("RANK") in (None, "", "0"):  # one line, not one a process
+        if together:
+            warn(f"no {folder}/train: taken together, without labels: {dict(together.most_common(9))!a}")
+        if others:
+            warn(f"{others.total()} files are left out: {dict(others.most_common(9))!a}")
     resident = size <= SMALL and sum(map(len, train.values())) * 3 * size**2 <= MEMORY
     if test is None:
         if not train[""]:
@@ -488,7 +508,14 @@ def load_data(data, root, size, download=True):
             raise FileNotFoundError(f"no images in {part}/<class>: {layout}; or without labels --data {folder}/train")
     if odd := train.keys() ^ test.keys():
         raise FileNotFoundError(f"{folder}/train and {val} have different classes, {min(odd)} is in one: {layout}")
+    if len(train) == 1:
+        raise FileNotFoundError(f"one class tells nothing apart: {layout}; or without labels --data {folder}/train")
     return pack(train, size, resident), pack(test, size, resident)
+
+
+def warn(text):
+    """A line on stderr. Of print() the end of a line may come by itself, after what another process has written."""
+    sys.stderr.write(f"WARNING: {text}\n")
 
 
 def visible(folder):
@@ -507,6 +534,8 @@ def find_images(folder, others, seen=()):
             if target not in seen:
                 seen.add(target)
                 images += find_images(entry.path, others, seen)
+        elif entry.name.endswith(PICTURE):
+            others[PICTURE] += 1
         elif ending in ENDINGS:
             images.append(entry.path)
         else:
@@ -545,12 +574,18 @@ def read_image(path):
     """The file as an RGB Pillow image. Raises OSError naming the file, whatever is wrong with it."""
     try:
         with Image.open(path) as image:
+            image.load()
+            with contextlib.suppress(Exception):  # broken EXIF data say nothing against the pixels
+                ImageOps.exif_transpose(image, in_place=True)  # as the camera was held
             if image.mode[0] == "F":
                 raise ValueError("its pixels are floats, and what is white is not known: save it with 8 or 16 bits")
             if image.mode[0] == "I":  # 16 or 32 bits, which Pillow would cut off at 255; of those in use, the 8 highest
                 image = image.convert("I")
                 scale = 0.5 ** max(0, image.getextrema()[1].bit_length() - 8)
                 image = image.point(lambda pixel: pixel * scale).convert("L")
+            if image.has_transparency_data:  # what is seen through is white, as paper is
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Exception as error:  # broken files make Pillow raise nearly anything
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
@@ -573,7 +608,7 @@ def attempt(read, *args):
     try:
         return read(*args)
     except OSError as error:
-        print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        warn(error)
 
 
 def tolerate(broken, n):
@@ -609,8 +644,9 @@ class TrainLoader:
     to another epoch. The order comes from (seed, epoch) alone, and so does every crop, with the image's number for
     streamed images and the step and rank for those on the device. set_epoch chooses the epoch.
 
-    Streamed images make it two things: the loader to go through, and the data set whose loader[i] the workers of
-    torch's DataLoader call (`stream`). One that cannot be read is replaced; an OSError says where five in a row cannot.
+    Where images are streamed, the workers of torch's DataLoader (`stream`) call loader[i] for image i: the loader is
+    also their data set, since it knows the seed and the epoch that the crops depend on. An image that cannot be read is
+    replaced by another; an OSError says where five in a row cannot.
     """
 
     def __init__(self, data, batch, crops, size, scale=(0.2, 1.0), seed=0, rank=0, world=1, device="cpu", workers=0):
@@ -656,13 +692,13 @@ class TrainLoader:
 class EvalLoader:
     """This rank's share of a labelled data set: uint8 (b, 3, size, size) and labels (b,), both on the device.
 
-    Every image comes once, on one rank. A label of -1 says that there is no image to count: one that cannot be read (an
-    OSError, if they are many), or one more than there are, so that all ranks have equally many.
+    Every image comes once, on one rank. A label of -1 says that there is no image to count: it cannot be read (an
+    OSError, if they are many), or its number is past the last image's, so that all ranks have equally many.
     """
 
     def __init__(self, data, batch, size, rank=0, world=1, device="cpu", workers=0):
         self.data, self.size, self.device, self.workers = data, size, device, workers
-        mine = list(range(rank, math.ceil(len(data.images) / world) * world, world))  # the last may be none of them
+        mine = list(range(rank, math.ceil(len(data.images) / world) * world, world))  # the last may be past the images
         batch = min(batch, max(1, 256 * 224**2 // size**2))  # no more memory for larger images
         self.order = [mine[i : i + batch] for i in range(0, len(mine), batch)]
 
@@ -677,8 +713,8 @@ class EvalLoader:
         if torch.is_tensor(self.data.images):
             for row in self.order:
                 index = torch.tensor(row)
-                x, labels = self.data.images[index % n], self.data.labels[index % n].where(index < n, -1)
-                yield x.to(self.device), labels.to(self.device)
+                labels = self.data.labels[index % n].where(index < n, -1)  # past the last, any image will do
+                yield self.data.images[index % n].to(self.device), labels.to(self.device)
             return
         unread = 0
         for row, (x, labels) in zip(self.order, stream(self)):
@@ -751,11 +787,13 @@ def main():
     parser.add_argument("--size", type=int, help="pixels a side (default 224, glyphs 24)")
     parser.add_argument("--heavy", nargs="+", metavar="POLICY", default=["ra(2,5)+jigsaw(4)", "ra(8,16)", "ua"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="views.png")
+    parser.add_argument("--out", default=PICTURE)
     args = parser.parse_args()
     size = args.size if args.size is not None else 224 if args.images else 24
-    if size < 8:
-        parser.error(f"--size must be 8 or more, not {size}")
+    if size < 8 or not 0 <= args.seed < 2**32:
+        parser.error("--size must be 8 or more, --seed of 32 bits and not below 0")
+    if not args.out.endswith(PICTURE):
+        parser.error(f"--out must end in {PICTURE}, or a run that reads this folder would take the picture for data")
     try:
         torch.manual_seed(args.seed)
         policies = {text: parse_policy(text, size) for text in args.heavy}

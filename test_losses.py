@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import socket
@@ -536,6 +537,40 @@ def test_every_image_draws_for_itself(view):
     assert len(view(images()[2].expand(64, 3, 32, 32) / 255).unique(dim=0)) > 32
 
 
+@each_view
+def test_views_are_the_same_inside_autocast(view):
+    x = images() / 255
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = seeded(view, x)
+    assert torch.equal(inside, seeded(view, x))
+
+
+@pytest.mark.parametrize("text", POLICIES)
+def test_policies_travel_to_other_processes_and_take_no_images(text):
+    policy, x = parse_policy(text), images() / 255
+    assert torch.equal(seeded(pickle.loads(pickle.dumps(policy)), x), seeded(policy, x))
+    assert policy(x[:0]).shape == (0, 3, 32, 32)
+
+
+def test_nothing_keeps_the_mode_of_its_first_caller():
+    """Views and normalize give tensors fit for a gradient, and for the next caller, whoever came first."""
+    def views(x):
+        return augment.normalize(RandAugment(2, 5, "paper")(standard(x, blur=True)))
+
+    x = images() / 255
+    with torch.inference_mode():
+        first = seeded(views, x)
+    torch.export.export(Normalized(), (x,))
+    y = seeded(views, x.clone().requires_grad_())
+    y.square().sum().backward()
+    assert torch.equal(first, y.detach()) and type(augment.normalize(x)) is torch.Tensor
+
+
+class Normalized(nn.Module):
+    def forward(self, x):
+        return augment.normalize(OPS["Color"](x, torch.ones(len(x))))
+
+
 def test_by_choice_is_a_loop_over_images():
     def function(k):
         def f(x, v, pair):
@@ -757,6 +792,42 @@ def test_odd_images_are_read(tmp_path):
         assert next(iter(loader))[0].shape == (2, 2, 3, 72, 72)
 
 
+def test_photographs_stand_upright(tmp_path):
+    """Six pixels, red at the top left as it is to be seen, whichever way the camera was held (EXIF)."""
+    upright = Image.new("RGB", (3, 2), "white")
+    upright.putpixel((0, 0), (255, 0, 0))
+    turns = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    for orientation, turn in turns.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.png"
+        (upright.transpose(turn) if turn is not None else upright).save(path, exif=exif)
+        assert augment.read_image(path).tobytes() == upright.tobytes(), orientation
+    upright.save(tmp_path / "broken.jpg", exif=b"Exif\x00\x00no TIFF", quality=100)
+    assert augment.read_image(tmp_path / "broken.jpg").size == (3, 2)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L", "I;16"])
+def test_what_is_transparent_is_white(mode, tmp_path):
+    """Black ink on a ground that is seen through: in the file, the ground is black as well, or of any colour."""
+    alpha = Image.new("L", (4, 4))
+    alpha.putpixel((1, 2), 255)
+    if mode in ("RGBA", "LA"):
+        image, options = Image.new(mode, (4, 4)), {}
+        image.putalpha(alpha)
+    else:  # one level, or one entry of the palette, is transparent
+        image, ground = Image.new(mode, (4, 4), 1), {"P": 1, "RGB": (1, 0, 0), "L": 1, "I;16": 1}[mode]
+        image.putpixel((1, 2), 0)
+        options = dict(transparency=ground)
+        if mode == "P":
+            image.putpalette([0, 0, 0, 9, 9, 9])
+    image.save(tmp_path / "ink.png", **options)
+    found = TF.pil_to_tensor(augment.read_image(tmp_path / "ink.png"))
+    expected = torch.full((3, 4, 4), 255, dtype=torch.uint8)
+    expected[:, 2, 1] = 0
+    assert torch.equal(found, expected)
+
+
 def test_deep_images_keep_their_levels_or_are_refused_by_name(tmp_path):
     ramp = torch.arange(4096).view(64, 64)  # 12 bits in a file of 16
     Image.fromarray(ramp.to(torch.uint16).numpy()).save(tmp_path / "twelve.png")
@@ -893,6 +964,8 @@ def test_images_are_found_by_ending_and_other_files_are_counted(tmp_path, capsys
         for i, ending in enumerate(endings):
             kind = {"jpg": "jpeg", "jfif": "jpeg"}.get(ending, ending)
             Image.new("RGB", (16, 16), (200, 0, 0)).save(tmp_path / part / "class" / f"{i}.{ending}", format=kind)
+        (tmp_path / part / "other").mkdir()
+        (tmp_path / part / "other" / "0.png").symlink_to(tmp_path / part / "class" / "4.png")
         for name in ("a.heic", "b.HEIC", "deep/c.heic", "deep/README", "deep/.hidden.txt", "x.\u00fc", "../loose.jpg"):
             (tmp_path / part / "class" / name).touch()
     counts = "{'.heic': 6, 'outside the class folders': 2, '': 2, '.\\xfc': 2}"
@@ -900,7 +973,7 @@ def test_images_are_found_by_ending_and_other_files_are_counted(tmp_path, capsys
     for rank, expected in ((None, said), ("", said), ("0", said), ("1", "")):  # one of several processes says it
         monkeypatch.setenv("RANK", rank) if rank is not None else monkeypatch.delenv("RANK", raising=False)
         for data in augment.load_data(str(tmp_path), "", 16):
-            assert len(data.images) == len(endings) and ((data.images[:, 0] > 150) & (data.images[:, 1] < 50)).all()
+            assert len(data.images) == len(endings) + 1 and ((data.images[:, 0] > 150) & (data.images[:, 1] < 50)).all()
         assert capsys.readouterr().err == expected
 
 
@@ -949,6 +1022,50 @@ def test_wrong_folders(folder, tmp_path):
         augment.load_data("imagenet", str(tmp_path), 224)
     with pytest.raises(OSError, match="no CIFAR-10"):
         augment.load_data("cifar10", str(tmp_path), 32, download=False)
+
+
+def test_one_class_is_none(folder, tmp_path):
+    for split in ("train", "val"):  # as other tools lay images out
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "images").symlink_to(folder / split / "class0")
+    with pytest.raises(OSError, match=f"one class tells nothing apart: .*without labels --data {tmp_path}/train$"):
+        augment.load_data(str(tmp_path), "", 16)
+    assert len(augment.load_data(str(tmp_path / "train"), "", 16)[0].images) == 12
+
+
+def test_folders_that_are_taken_together_are_named(folder, tmp_path, capsys):
+    for part, name in (("train", "Training"), ("val", "Testing")):
+        (tmp_path / name).symlink_to(folder / part)
+    for spelling in (str(tmp_path), f"{tmp_path}/"):
+        train, test = augment.load_data(spelling, "", 16)
+        line = f"WARNING: no {tmp_path}/train: taken together, without labels: {{'Training': 36, 'Testing': 10}}\n"
+        assert len(train.images) == 46 and test is None and capsys.readouterr().err == line
+    augment.load_data(str(folder / "train" / "class0"), "", 16)  # images alone: nothing to say
+    augment.load_data(str(folder), "", 16)
+    assert not capsys.readouterr().err
+
+
+def test_our_own_pictures_are_nobodys_data(folder, tmp_path, monkeypatch, capsys):
+    for path in (folder / "train" / "class0").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    interrupted(".", Path("runs/a"), "--batch", "3")
+    monkeypatch.setattr("sys.argv", ["augment.py", "--out", "my-views.png"])
+    augment.main()
+    assert Path("runs/a/views.png").exists() and Path("my-views.png").exists()
+    run(simsiam_dssl, ".", "runs/a", "--batch", "3")
+    assert json.loads(Path("runs/a/settings.json").read_text())["images"] == [12, 0]
+    assert "'views.png': 2" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["augment.py", "--out", "figure.png"])
+    assert "--out must end in views.png" in refusal(augment.main)
+
+
+def test_a_warning_is_one_write(monkeypatch):
+    """Else, between its text and its end, there may be another process's line."""
+    written = []
+    monkeypatch.setattr(sys, "stderr", type("Stream", (), dict(write=written.append, flush=lambda: None)))
+    assert augment.attempt(augment.read_image, "nowhere.png") is None
+    assert len(written) == 1 and written[0].startswith("WARNING: cannot read nowhere.png") and written[0].endswith("\n")
 
 
 def test_glyphs_are_the_same_everywhere():
@@ -1013,7 +1130,7 @@ def test_wrong_command_lines_of_linear_eval(line, capsys):
 
 
 @pytest.mark.parametrize("line", """--size 4|--size x|--nonsense|--heavy|--seed x|--heavy nothing|--heavy jigsaw(20)|--heavy ra(0,5)|missing.jpg
---out nowhere/views.png""".replace("\n", "|").split("|"))
+--out nowhere/views.png|--seed -1|--seed 18446744073709551616""".replace("\n", "|").split("|"))
 def test_wrong_command_lines_of_augment(line, monkeypatch):
     monkeypatch.setattr("sys.argv", ["augment.py", *line.split()])
     assert refusal(augment.main).startswith("augment.py: ")
