@@ -8,7 +8,7 @@ line's label and last value. --share: x is the share of training, where a log's 
 different lengths can be compared. The same logs give the same bytes. It needs matplotlib, as nothing else here does:
 
     pip install matplotlib && python .ci/plot.py glyphs.svg "SimSiam on letters and digits" \\
-        DSSL=$(echo .results/glyphs/steady/simsiam-dssl-lr0.48-seed[01289].jsonl | tr " " ,) ...
+        DSSL=$(echo .results/glyphs/5-epochs/simsiam-dssl-lr0.48-seed[01289].jsonl | tr " " ,) ...
 """
 import argparse
 import json
