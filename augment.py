@@ -247,7 +247,7 @@ class RandAugment:
     """RA(n, m): n operations one after the other, each drawn anew for every image, with replacement, at magnitude m.
 
     m lies on the released code's scale of 0–30. Where a range starts at the neutral value of its operation, the sign
-    is drawn too. Note the order: Fig. 1's caption of the DSSL paper has it the other way round.
+    is drawn too. (Fig. 1's caption of the DSSL paper has n and m the other way round.)
     """
 
     def __init__(self, n, m, space="released"):
@@ -385,7 +385,7 @@ def shares(start, length, side, size):
     """(b, size, side): the shares of the image's rows, or columns, in each of the crop's; start, length (b, 1, 1)."""
     step = length / size
     middle = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
-    reach = step.clamp(min=1)  # from a middle to the next, or to the next pixel: there the weights are down at 0
+    reach = step.clamp(min=1)  # of a triangle of weights: a pixel of the crop or, if that is less, of the image
     pixel = torch.arange(side, device=start.device)
     share = (1 - ((pixel + 0.5) / reach - middle / reach).abs_()).clamp_(min=0)
     share *= ((pixel >= start) & (pixel < start + length)).float()  # none from outside the box
@@ -451,7 +451,7 @@ def standard(x, flips=True, blur=False):
 
 def normalize(x):
     """[0, 1] → about zero mean and unit deviation. ImageNet's statistics for all data, so that backbones can travel."""
-    mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return (x - constant(mean, x)).div_(constant(std, x))
 
 
@@ -593,7 +593,7 @@ def read_image(path):
 
 
 def read_centre(path, size, shorter=None):
-    """(3, size, size) uint8: the shorter side resized to `shorter`, then the centre; of one image only the crop."""
+    """(3, size, size) uint8: the shorter side resized to `shorter`, then the centre, in one step."""
     if shorter is None:  # as in evaluation: all of an image if that is small, or else 224 of 256 pixels
         shorter = size if size <= SMALL else round(size * 8 / 7)
     image = read_image(path)
@@ -619,7 +619,7 @@ def tolerate(broken, n):
 
 def read_all(paths, size):
     """n files → uint8 (k, 3, size, size) of the k that can be read, and which those are, (n,) bool."""
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)  # filled: a list to stack is as much again
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)  # filled: torch.stack would take as much again
     good, k = torch.zeros(len(paths), dtype=torch.bool), 0
     with ThreadPool(16) as pool:
         for start in range(0, len(paths), 1024):  # few at a time, since what is read faster than filled in piles up
@@ -641,12 +641,12 @@ class TrainLoader:
     """One epoch of training batches: uint8 crops (b, crops, 3, size, size) and labels (b,), both on the device.
 
     batch is the global one: each rank gets its share of every global batch, and the last images that fill none are left
-    to another epoch. The order comes from (seed, epoch) alone, and so does every crop, with the image's number for
-    streamed images and the step and rank for those on the device. set_epoch chooses the epoch.
+    to another epoch. The order comes from (seed, epoch) alone; a crop from these and, of streamed images, the image's
+    number, of those on the device step and rank. set_epoch chooses the epoch.
 
     Where images are streamed, the workers of torch's DataLoader (`stream`) call loader[i] for image i: the loader is
     also their data set, since it knows the seed and the epoch that the crops depend on. An image that cannot be read is
-    replaced by another; an OSError says where five in a row cannot.
+    replaced by another; five in a row raise an OSError.
     """
 
     def __init__(self, data, batch, crops, size, scale=(0.2, 1.0), seed=0, rank=0, world=1, device="cpu", workers=0):
@@ -720,7 +720,7 @@ class EvalLoader:
         for row, (x, labels) in zip(self.order, stream(self)):
             unread += (labels < 0).sum() - sum(i >= n for i in row)
             yield x, labels
-        tolerate(int(unread), n)
+        tolerate(int(unread), sum(map(len, self.order)))
 
 
 def stream(loader):

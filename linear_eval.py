@@ -3,9 +3,8 @@
     python linear_eval.py runs/.../backbone.pt --data cifar10
     torchrun --nproc_per_node=8 linear_eval.py runs/.../backbone.pt --data imagenet
 
-The backbone is any state dict with torchvision's ResNet keys, with or without fc; which ResNet it is and which stem it
-has are read off its shapes. It is in eval mode throughout. The last line printed is the result as JSON: top-1 and
-top-5 in percent over all test images, after the last epoch.
+The backbone is a state dict with torchvision's ResNet keys; its shapes tell which ResNet and which stem. The last line
+printed is the result as JSON: top-1 and top-5 in percent over all test images, after the last epoch.
 """
 import argparse
 import atexit
@@ -35,7 +34,7 @@ PROTOCOLS = {  # an optimizer, its schedule and their settings; lr is for a batc
     "lars": dict(batch=4096, epochs=90, lr=0.1),  # ImageNet, the paper's App. A.3: 1.6 for a batch of 4096, cosine
     "sgd-linear": dict(batch=4096, epochs=90, lr=0.1),  # the same for SimCLR, falling linearly to 0
 }
-OWN = {"glyphs": dict(epochs=30, lr=0.3), "cifar10": {}}  # data that have sgd, and what is not sgd's own there
+OWN = {"glyphs": dict(epochs=30, lr=0.3), "cifar10": {}}  # data whose default is sgd, and what differs from it there
 
 
 def make_backbone(arch, stem):
@@ -99,24 +98,22 @@ def load_backbone(path):
         raise OSError(f"{path} cannot be read as a backbone's weights ({type(error).__name__})") from None
     for arch in ("small", "resnet18", "resnet34", "resnet50", "resnet101"):  # whichever has these shapes it is
         for stem in ("cifar", "imagenet"):
-            with torch.device("meta"):  # costs neither time nor memory
-                expected = shapes(make_backbone(arch, stem)[0].state_dict())
-            if found == expected:
-                net, d = make_backbone(arch, stem)
+            net, d = make_backbone(arch, stem)
+            if found == shapes(net.state_dict()):
                 net.load_state_dict(state, strict=False)
                 return net.eval().requires_grad_(False), d
-    raise OSError(f"{path} fits no ResNet-18, 34, 50 or 101 with torchvision's keys, with or without the CIFAR stem")
+    raise OSError(f"{path} fits neither our small net nor a ResNet-18, 34, 50 or 101, with or without the CIFAR stem")
 
 
 def positive(text):
-    """An integer from 1 on, as a type for argparse, whose messages have the function's name."""
+    """An integer from 1 on. argparse puts the name of its type, this function's, into its messages."""
     if int(text) < 1:
         raise ValueError
     return int(text)
 
 
 def count(text):
-    """An integer from 0 on, of 32 bits: hash(), which makes the seeds of steps, keeps these apart."""
+    """An integer of 32 bits, from 0 on: no two have the same hash(), of which steps make their seeds."""
     if not 0 <= int(text) < 2**32:
         raise ValueError
     return int(text)
@@ -145,7 +142,7 @@ def parse_args(argv=None):
     add("--lr", type=nonnegative, help="learning rate for a batch of 256, with which it scales (default: output says)")
     add("--seed", type=count, default=0, help="of all that is random (default: %(default)s)")
     add("--workers", type=count, default=8, help="processes that read images, a rank (default: %(default)s)")
-    add("--bf16", action=boolean, default=torch.cuda.is_bf16_supported(including_emulation=False), help="or float32")
+    add("--bf16", action=boolean, default=torch.cuda.is_bf16_supported(including_emulation=False), help="in bfloat16")
     args = parser.parse_args(argv)
     args.recipe = args.recipe or args.data
     if args.recipe not in RECIPES:
@@ -159,9 +156,8 @@ def parse_args(argv=None):
 def choose(args, images, world):
     """Settle protocol, batch, epochs and lr, and the norm that divides the features (None: their own).
 
-    What a flag says holds; then what the data have of their OWN; then the protocol's. LARS changes weights by
-    thousandths of them a step, and takes thousands of steps. What is too small for that gets SGD with 10 steps an epoch
-    or more, of 256 images at most, and features whose norm is 1, which suits lr 30.
+    Flags come first, then the data's OWN, then the protocol. LARS moves weights by a thousandth a step, and so takes
+    thousands of steps. Too few images for it get SGD, 10 steps an epoch or more, and features of norm 1, for lr 30.
     """
     own, args.norm = {}, 1
     if args.protocol is None and args.data in OWN:
@@ -196,12 +192,12 @@ def features(backbone, x, bf16):
 @torch.no_grad()
 def evaluate(linear, tests):
     """Top-1 and top-5 in percent over all images, and how many these are; tests: features (b, d) and labels (b,)."""
-    right = torch.zeros(3, dtype=torch.float64, device=linear.weight.device)  # among the first, the first 5, all
+    totals = torch.zeros(3, dtype=torch.float64, device=linear.weight.device)  # right at first, in five; images
     for x, labels in tests:
         hit = linear(x).topk(min(5, linear.out_features)).indices == labels[:, None]
-        right += torch.stack([hit[:, 0].sum(), hit.sum(), (labels >= 0).sum()])  # a label below 0: no image
-    dist.all_reduce(right)
-    return *(100 * right[:2] / right[2]).tolist(), int(right[2])
+        totals += torch.stack([hit[:, 0].sum(), hit.sum(), (labels >= 0).sum()])  # a label below 0: no image
+    dist.all_reduce(totals)
+    return *(100 * totals[:2] / totals[2]).tolist(), int(totals[2])
 
 
 def say(text, live=False):
@@ -238,7 +234,7 @@ def train(args):
     choose(args, images, world)
     share = dict(rank=rank, world=world, device=device, workers=args.workers)
     loader = augment.TrainLoader(train_set, args.batch, 1, args.size, scale=(args.crop, 1), seed=args.seed, **share)
-    test_loader, steps = augment.EvalLoader(test_set, 256, args.size, **share), len(loader)
+    steps = len(loader)
     if args.norm is None:  # backbones differ a hundredfold in it
         crops, _ = next(iter(loader))
         square = features(backbone, crops[:, 0] / 255, args.bf16).square().sum(1).mean()
@@ -257,8 +253,8 @@ def train(args):
     Optimizer = LARS if args.protocol == "lars" else torch.optim.SGD
     optimizer = Optimizer(linear.parameters(), base_lr, momentum=0.9, weight_decay=0)
 
-    # the test images' features are the same after every epoch
-    tests = [(features(backbone, x / 255, args.bf16) / args.norm, labels) for x, labels in test_loader]
+    tests = [(features(backbone, x / 255, args.bf16) / args.norm, labels)  # the same after every epoch
+             for x, labels in augment.EvalLoader(test_set, 256, args.size, **share)]
     best = 0
     for epoch in range(1, args.epochs + 1):
         start, total = time.time(), torch.zeros((), device=device)
@@ -281,9 +277,7 @@ def train(args):
         say(f"epoch {epoch:3d}/{args.epochs}  loss {total.item() / steps / world:.4f}  top-1 {top1:.2f} %  "
             f"top-5 {top5:.2f} %  {time.time() - start:.0f} s")
 
-    result = dict(top1=round(top1, 3), top5=round(top5, 3), best_top1=round(best, 3), images=tested)
-    settings = {key: value for key, value in vars(args).items() if key not in ("root", "recipe", "workers")}
-    say(json.dumps(result | settings))
+    say(json.dumps(dict(top1=top1, top5=top5, best_top1=best, images=tested) | vars(args)))
 
 
 def main():
@@ -291,7 +285,7 @@ def main():
     atexit.register(os._exit, 1)  # once an error is printed, this rank ends: NCCL's group would wait for the others
     try:
         train(args)
-    except OSError as error:  # no such data, a full disk; of a worker's error the last line says it, after a traceback
+    except OSError as error:  # no data, a full disk; a worker's message is a traceback, whose last line says why
         sys.exit(f"{Path(__file__).name}: {(str(error) or repr(error)).splitlines()[-1]}")
     atexit.unregister(os._exit)
     dist.destroy_process_group()  # train()'s DDP is gone by now: with torch 2.11 the other order can wait for ever

@@ -33,7 +33,7 @@ import augment
 # ------------------------------------------------------------ loss
 
 def D(p, z):
-    """Negative cosine similarity, (b, d) and (b, d) → scalar in [-1, 1]. The target z gets no gradient."""
+    """Negative cosine similarity in float32, (b, d) and (b, d) → scalar in [-1, 1]. The target z gets no gradient."""
     return -F.cosine_similarity(p.float(), z.detach().float(), dim=-1).mean()
 
 
@@ -49,13 +49,13 @@ def dssl_loss(p, z, p_hat=None, z_hat=None, weights=(1, 0, 1, 0)):
     alpha, beta, gamma, delta = weights
     loss = 0
     if alpha:
-        loss = loss + alpha * (D(p[0], z[1]) + D(p[1], z[0])) / 2  # SV ↔ SV
+        loss += alpha * (D(p[0], z[1]) + D(p[1], z[0])) / 2  # SV ↔ SV
     if beta:
-        loss = loss + beta * (D(p_hat[0], z_hat[1]) + D(p_hat[1], z_hat[0])) / 2  # HV ↔ HV
+        loss += beta * (D(p_hat[0], z_hat[1]) + D(p_hat[1], z_hat[0])) / 2  # HV ↔ HV
     if gamma:
-        loss = loss + gamma * (D(p_hat[0], z[0]) + D(p_hat[1], z[1])) / 2  # SV ← HV
+        loss += gamma * (D(p_hat[0], z[0]) + D(p_hat[1], z[1])) / 2  # SV ← HV
     if delta:
-        loss = loss + delta * (D(p[0], z_hat[0]) + D(p[1], z_hat[1])) / 2  # HV ← SV
+        loss += delta * (D(p[0], z_hat[0]) + D(p[1], z_hat[1])) / 2  # HV ← SV
     return loss
 
 
@@ -133,7 +133,7 @@ def make_views(loader, args, epoch):
     heavy = augment.parse_policy(args.heavy, args.size)
     loader.set_epoch(epoch - 1)
     for step, (crops, _) in enumerate(loader, (epoch - 1) * len(loader)):
-        torch.manual_seed(hash((args.seed, step, dist.get_rank())))  # the same in every process: they are integers
+        torch.manual_seed(hash((args.seed, step, dist.get_rank())))  # integers have the same hash in every process
         x = augment.standard(rearrange(crops, "b v c h w -> (v b) c h w"), args.flip, args.blur)
         sv, source = (x, x) if args.hv_from == "sv" else x.chunk(2)
         hv = heavy(source) if beta or gamma or delta else source[:0]
@@ -162,7 +162,7 @@ def train_epoch(epoch, ddp, optimizer, loader, args, out):
         totals += torch.stack([loss.detach(), spread(torch.stack(z + z_hat))])
         if step == 0 and dist.get_rank() == 0:
             rows = [("SV", x[:10]) for x in sv] + [("HV", x[:10]) for x in hv]
-            augment.draw_views(rows, out / "views.png", scale=max(1, 96 // args.size))
+            augment.draw_views(rows, out / augment.PICTURE, scale=max(1, 96 // args.size))
         if i % 50 == 0:  # seldom, since item() waits for the GPU
             rate = (i + 1) * args.batch / (time.time() - start)
             say(f"epoch {epoch:3d}  step {i + 1}/{steps}  {rate:,.0f} images/s  loss {loss.item():.4f}", live=True)
@@ -219,11 +219,11 @@ def features(backbone, loader, bf16):
 
 def gather(x):
     """(n, …) on each rank → (world · n, …) on every rank, without gradient."""
-    if dist.get_world_size() == 1:  # on CPU gloo would copy on a thread of its own, and slow torch's down for good
+    if dist.get_world_size() == 1:  # a bank need not be in memory twice
         return x
     parts = x.new_empty(dist.get_world_size(), *x.shape)
     parts[dist.get_rank()] = x
-    for rank, part in enumerate(parts):
+    for rank, part in enumerate(parts):  # all_gather would, on CPU, start threads that slow torch's for good
         dist.broadcast(part, rank)
     return parts.flatten(0, 1)
 
@@ -261,14 +261,14 @@ MAY_CHANGE = ("data", "root", "out", "workers", "bf16", "k", "knn_every")  # whe
 
 
 def positive(text):
-    """An integer from 1 on, as a type for argparse, whose messages have the function's name."""
+    """An integer from 1 on. argparse puts the name of its type, this function's, into its messages."""
     if int(text) < 1:
         raise ValueError
     return int(text)
 
 
 def count(text):
-    """An integer from 0 on, of 32 bits: hash(), which makes the seeds of steps, keeps these apart."""
+    """An integer of 32 bits, from 0 on: no two have the same hash(), of which steps make their seeds."""
     if not 0 <= int(text) < 2**32:
         raise ValueError
     return int(text)
@@ -296,7 +296,7 @@ def parse_args(argv=None):
     add("--out", help="folder to write into and to go on from; without it, a new one under runs/")
     add("--seed", type=count, default=0, help="of all that is random")
     add("--workers", type=count, default=8, help="processes that read images, a rank")
-    add("--bf16", action=boolean, default=torch.cuda.is_bf16_supported(including_emulation=False), help="or in float")
+    add("--bf16", action=boolean, default=torch.cuda.is_bf16_supported(including_emulation=False), help="in bfloat16")
 
     add("--arch", choices=["small", "resnet18", "resnet34", "resnet50", "resnet101"], help="backbone")
     add("--stem", choices=["cifar", "imagenet"], help="3 x 3 and no max-pool, or 7 x 7 and max-pool")
@@ -389,8 +389,8 @@ def load(path, settings, model, optimizer):
             sys.exit(f"{path} is damaged, or not a checkpoint of ours ({type(error).__name__}): take another --out")
     dist.broadcast_object_list(state)
     state = state[0]
-    there = state["settings"]
-    odd = [f"{key} {there.get(key)}, not {value}" for key, value in settings.items() if value != there.get(key)]
+    saved = state["settings"]
+    odd = [f"{key} {saved.get(key)}, not {value}" for key, value in settings.items() if value != saved.get(key)]
     if odd:
         sys.exit(f"{path} is of a run with {'; '.join(odd)}: take that, or another --out")
     if state["history"]:
@@ -406,15 +406,15 @@ def train(args):
 
     # data
     train_set, test_set = augment.load_data(args.data, args.root, args.size, download=world == 1)
-    images = [len(data.images) if data else 0 for data in (train_set, test_set)]
-    if args.batch % world or not 2 * world <= args.batch <= images[0]:
-        sys.exit(f"--batch must divide by {world} ranks into 2 or more each, and be at most the {images[0]} images")
+    counts = [len(data.images) if data else 0 for data in (train_set, test_set)]
+    if args.batch % world or not 2 * world <= args.batch <= counts[0]:
+        sys.exit(f"--batch must divide by {world} ranks into 2 or more each, and be at most the {counts[0]} images")
     crops = 4 * args.pairs if args.hv_from == "image" else 2 * args.pairs
     share = dict(rank=rank, world=world, device=device, workers=args.workers)
     loader = augment.TrainLoader(train_set, args.batch, crops, args.size, (args.crop, 1), args.seed, **share)
     monitor = [augment.EvalLoader(data, 256, args.size, **share) for data in (train_set, test_set)] if test_set else []
     classes = max(1, len(train_set.classes))
-    k = min(args.k, max(1, images[0] // classes // 4))  # or images of a small class find too few of their own
+    k = min(args.k, max(1, counts[0] // classes // 4))  # or images of a small class find too few of their own
 
     # model
     torch.manual_seed(args.seed)
@@ -427,12 +427,12 @@ def train(args):
 
     # the run in --out, if there is one, goes on
     settings = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
-    settings |= dict(script=script, images=images)
+    settings |= dict(script=script, images=counts)
     history = load(out / "checkpoint.pt", settings, model, optimizer)  # an entry an epoch, the lines of log.jsonl
     if rank == 0:
         out.mkdir(parents=True, exist_ok=bool(args.out))  # a new folder must not be another run's
         (out / "settings.json").write_text(json.dumps(vars(args) | settings, indent=2))
-    say(f"{script} on {args.data!a}: {images[0]:,} images, {f'kNN with k {k}' if monitor else 'no labels, so no kNN'}")
+    say(f"{script} on {args.data!a}: {counts[0]:,} images, {f'kNN with k {k}' if monitor else 'no labels, so no kNN'}")
     say(f"{args.weights} x (SV <-> SV, HV <-> HV, SV <- HV, HV <- SV), pairs {args.pairs}, heavy {args.heavy}")
     say(f"{args.arch} at {args.size} px, batch {args.batch}, lr {args.lr * args.batch / 256:g}, "
         f"{args.epochs} epochs of {len(loader)} steps, {world} x {device.type}")
@@ -443,13 +443,13 @@ def train(args):
         if epoch > 0:
             entry |= train_epoch(epoch, ddp, optimizer, loader, args, out)
         if monitor and (epoch % args.knn_every == 0 or epoch == args.epochs):
-            say(f"epoch {epoch:3d}  the kNN monitor reads {sum(images):,} images", live=True)
+            say(f"epoch {epoch:3d}  the kNN monitor reads {sum(counts):,} images", live=True)
             entry["knn"] = knn_accuracy(model.backbone, *monitor, classes, k, args.bf16)
         history.append(entry)
         if rank == 0:
             report(history, args.epochs)
             backbone = {key: x.cpu().contiguous() for key, x in model.backbone.state_dict().items()}
-            save(backbone, out / "backbone.pt")  # in torch's usual memory format, not channels_last
+            save(backbone, out / "backbone.pt")  # contiguous, not in channels_last
             (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
             state = dict(settings=settings, history=history, model=model.state_dict(), optimizer=optimizer.state_dict())
             save(state, out / "checkpoint.pt")  # comes last: a run goes on after the epochs that this file knows
@@ -465,7 +465,7 @@ def main():
     atexit.register(os._exit, 1)  # once an error is printed, this rank ends: NCCL's group would wait for the others
     try:
         train(args)
-    except OSError as error:  # no such data, a full disk; of a worker's error the last line says it, after a traceback
+    except OSError as error:  # no data, a full disk; a worker's message is a traceback, whose last line says why
         sys.exit(f"{Path(__file__).name}: {(str(error) or repr(error)).splitlines()[-1]}")
     atexit.unregister(os._exit)
     dist.destroy_process_group()  # train()'s DDP is gone by now: with torch 2.11 the other order can wait for ever
