@@ -181,7 +181,7 @@ def test_terms_by_hand(m):
 
 
 @each_method
-@cases("weights, learner", zip(TERMS, ["SV", "HV", "HV", "SV"]))
+@cases("weights, learner", list(zip(TERMS, ["SV", "HV", "HV", "SV"])))
 def test_gradients_flow_one_way(m, weights, learner):
     """Into the predictions of whom the arrow starts at, in SimCLR into the projections; never into a target."""
     pairs = arguments(m)
