@@ -597,8 +597,8 @@ def test_photographs_stand_upright(tmp_path):
     assert augment.read_image(tmp_path / "broken.jpg").size == (3, 2)
 
 
-@cases("mode, ground", [
-    ("RGBA", None), ("LA", None), ("P", 1), ("RGB", (1, 0, 0)), ("L", 1), ("I;16", 1)])
+@cases("mode, ground", [  # and 16 bits a pixel, which Pillow 10 reads, but cannot write
+    ("RGBA", None), ("LA", None), ("P", 1), ("RGB", (1, 0, 0)), ("L", 1), *[("I;16", 1)] * (Image.__version__ > "11")])
 def test_what_is_transparent_is_white(mode, ground, tmp_path):
     """Black ink at one pixel; the rest is seen through, by its alpha or by having the ground's level."""
     if ground is None:
