@@ -34,7 +34,7 @@ PROTOCOLS = {  # an optimizer, its schedule and their settings; lr is for a batc
     "lars": dict(batch=4096, epochs=90, lr=0.1),  # ImageNet, the paper's App. A.3: 1.6 for a batch of 4096, cosine
     "sgd-linear": dict(batch=4096, epochs=90, lr=0.1),  # the same for SimCLR, falling linearly to 0
 }
-OWN = {"glyphs": dict(epochs=30, lr=0.3), "cifar10": {}}  # data whose default is sgd, and what differs from it there
+OWN = {"glyphs": dict(epochs=30, lr=100.0), "cifar10": {}}  # data whose default is sgd, and what differs from it there
 
 
 def make_backbone(arch, stem):

@@ -1314,7 +1314,7 @@ def test_linear_eval_settings():
 
     folder, many = "--data folder --recipe imagenet --size 24", 1281167
     for line, images, expected in (
-            ("", 8192, (24, 0.8, "sgd", 256, 30, 0.3, 1)), ("--data cifar10", 50000, (32, 0.8, "sgd", 256, 100, 30, 1)),
+            ("", 8192, (24, 0.8, "sgd", 256, 30, 100, 1)), ("--data cifar10", 50000, (32, 0.8, "sgd", 256, 100, 30, 1)),
             ("--data imagenet", many, (224, 0.08, "lars", 4096, 90, 1.6, 1)),
             ("--data imagenet --protocol sgd-linear", many, (224, 0.08, "sgd-linear", 4096, 90, 1.6, 1)),
             (folder, 409600, (24, 0.08, "lars", 4096, 90, 1.6, 1)),
