@@ -6,6 +6,8 @@ Several ranks: `pytest -k ranks`, or all but these: `pytest -k "not ranks"`. Wha
 `pytest -m skipif`. All other tests see no CUDA, even where there is one.
 """
 import contextlib
+import copy
+import functools
 import importlib
 import inspect
 import io
@@ -13,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import socket
@@ -35,14 +36,13 @@ from torchvision import models, transforms
 import augment
 import linear_eval
 import simsiam_dssl as simsiam
-from augment import OPS, SPACES, EvalLoader, Jigsaw, RandAugment, TrainLoader, UniformAugment, parse_policy, standard
+from augment import OPS, SPACES, EvalLoader, Jigsaw, RandAugment, TrainLoader, parse_policy, standard
 
 METHODS = {"simsiam_dssl": "SimSiam", "byol_dssl": "BYOL", "simclr_dssl": "SimCLR"}  # script: its model
 MODULES = list(map(importlib.import_module, METHODS))
 cases = pytest.mark.parametrize
+assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 each_method = cases("m", MODULES)
-in_byol = cases("m", [m for m in MODULES if m.__name__ == "byol_dssl"])  # skips if there is none
-in_simclr = cases("m", [m for m in MODULES if m.__name__ == "simclr_dssl"])
 ROOT = Path(augment.__file__).parent
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -111,11 +111,6 @@ def folder(tmp_path_factory):
     return root
 
 
-def red_image(path, kind=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (16, 16), (200, 0, 0)).save(path, format=kind)
-
-
 def link(path, to):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(to)
@@ -130,35 +125,21 @@ def load_folder(path, size=16):
 TERMS = [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
 
 
-def vectors(n, b=5, d=8):
-    g = torch.Generator().manual_seed(n)
-    return [[torch.randn(b, d, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)] for _ in range(n)]
-
-
 def arguments(m):
-    return vectors(2 if m.__name__ == "simclr_dssl" else 4)  # z, z_hat; or p, z, p_hat, z_hat
+    """Of its loss, in pairs: z, z_hat for SimCLR, or else p, z, p_hat, z_hat."""
+    n, g = 2 if m.__name__ == "simclr_dssl" else 4, torch.Generator().manual_seed(0)
+    return [[torch.randn(5, 8, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)] for _ in range(n)]
 
 
-def cosine(a, b):
-    return sum(-(x @ y / x.norm() / y.norm()) for x, y in zip(a, b)).item() / len(a)
+def cosine(pair, others):  # negative, the mean over the rows of both
+    rows = list(zip(torch.cat(pair), torch.cat(others)))
+    return sum(-(x @ y / x.norm() / y.norm()).item() for x, y in rows) / len(rows)
 
 
 def naive_nt_xent(z1, z2, t):
     z, n = [(x / x.norm()).detach() for x in [*z1, *z2]], len(z1)
     e = [[math.exp(a @ b / t) for b in z] for a in z]
     return -sum(math.log(e[i][(i + n) % (2 * n)] / (sum(e[i]) - e[i][i])) for i in range(2 * n)) / (2 * n)
-
-
-@each_method
-def test_D(m):
-    p = torch.tensor([[3.0, 4.0], [1.0, 0.0]], requires_grad=True)
-    z = torch.tensor([[4.0, 3.0], [0.0, 2.0]], requires_grad=True)
-    loss = m.D(p, z)
-    for value in (loss, m.D(7 * p, z / 3)):  # only the direction counts
-        assert value.item() == pytest.approx(-(24 / 25 + 0) / 2)
-    loss.backward()
-    assert z.grad is None and p.grad.abs().sum() > 0
-    assert torch.allclose((p * p.grad).sum(1), torch.zeros(2), atol=1e-6)
 
 
 @each_method
@@ -169,9 +150,8 @@ def test_terms_by_hand(m):
         both = naive_nt_xent(*z, 0.2), naive_nt_xent(*z_hat, 0.2)
     else:
         (p, z, p_hat, z_hat), temperature = pairs, []
-        both = [(cosine(a[0], b[1]) + cosine(a[1], b[0])) / 2 for a, b in ((p, z), (p_hat, z_hat))]
-    own = [(cosine(a[0], b[0]) + cosine(a[1], b[1])) / 2 for a, b in ((p_hat, z), (p, z_hat))]  # each HV and its SV
-    expected = [*both, *own]
+        both = cosine(p, z[::-1]), cosine(p_hat, z_hat[::-1])  # each view and the other one
+    expected = [*both, cosine(p_hat, z), cosine(p, z_hat)]  # each HV and its own SV
     for weights in [*TERMS, (1, 1, 1, 1), (1, 0, 0.7, 0.3)]:
         value = m.dssl_loss(*pairs, *temperature, weights)
         assert value.item() == pytest.approx(sum(w * e for w, e in zip(weights, expected)), abs=1e-5)
@@ -190,15 +170,6 @@ def test_gradients_flow_one_way(m, weights, learner):
         assert [x.grad is not None and x.grad.any().item() for x in pair] == [name == learner] * 2
 
 
-@in_simclr
-@cases("t", [0.1, 0.5])
-def test_nt_xent(m, t):
-    (z1, z2), equal = vectors(1)[0], torch.ones(6, 4)
-    assert m.nt_xent(z1, z2, t).item() == pytest.approx(naive_nt_xent(z1, z2, t), abs=1e-5)
-    assert m.nt_xent(z2, 3 * z1, t).item() == pytest.approx(naive_nt_xent(z1, z2, t), abs=1e-5)
-    assert m.nt_xent(equal, equal, t).item() == pytest.approx(math.log(11), abs=1e-5)
-
-
 @cases("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 @each_method
 def test_loss_pasted_into_an_empty_file(m, device):
@@ -207,15 +178,13 @@ def test_loss_pasted_into_an_empty_file(m, device):
     pasted, weights, centre = {}, (1, 1, 1, 1), torch.randn(1, 64)
     exec("\n".join(["import torch", "import torch.nn.functional as F", *sources]), pasted)
     loss = pasted["dssl_loss"]
-    assert torch.equal(loss(*arguments(m)), m.dssl_loss(*arguments(m)))
     for dtype in (torch.bfloat16, torch.float16):
         half = [[(centre + 0.05 * torch.randn(256, 64)).to(device, dtype) for _ in pair] for pair in arguments(m)]
-        full = [[x.float().requires_grad_() for x in pair] for pair in half]
+        full = [[x.float() for x in pair] for pair in half]
         value = loss(*full, weights=weights)
         with torch.autocast(device, dtype):
             again = loss(*full, weights=weights)
         assert again.dtype == torch.float32 and again.item() == value.item()
-        assert all(map(torch.equal, *(torch.autograd.grad(x, full[0]) for x in (value, again))))
         assert loss(*half, weights=weights).item() == pytest.approx(value.item(), abs=1e-6)
 
 
@@ -278,9 +247,8 @@ def test_crop_boxes_are_torchvisions():
     ours = augment.crop_boxes(4000, h, w, scale)
     theirs = torch.tensor([draw(torch.empty(3, h, w), scale, ratio) for _ in range(4000)])
     left, top, width, height = ours.T
-    assert (ours[:, :2] >= 0).all() and (left + width).max() == w and (top + height).max() == h
     area, aspect = width * height / (h * w), width / height
-    assert 0.19 < area.min() < 0.22 and area.max() <= 1 and 0.72 < aspect.min() < 0.77 and 1.3 < aspect.max() < 1.37
+    assert 0.19 < area.min() < 0.22 and 0.72 < aspect.min() < 0.77 and 1.3 < aspect.max() < 1.37
     for mine, other in zip((top, left, height, width, area), (*theirs.T, theirs[:, 2] * theirs[:, 3] / (h * w))):
         error = (mine.float().var() + other.float().var()).sqrt() / 4000 ** 0.5
         assert abs(mine.float().mean() - other.float().mean()) < 5 * error
@@ -291,10 +259,12 @@ def test_crop_boxes_are_torchvisions():
     assert augment.crop_boxes(2, 101, 10, scale=(1, 1)).tolist() == [[0, 44, 10, 13]] * 2
 
 
-def test_hue_and_blur_are_torchvisions():
+def test_hue_blur_and_normalize_are_torchvisions():
     x, v = images().repeat(4, 1, 1, 1) / 255, torch.linspace(-0.5, 0.5, 24)
     theirs = torch.stack([TF.adjust_hue(i, float(turn)) for i, turn in zip(x, v)])
     assert torch.allclose(augment.hue(x, v), theirs, atol=1e-4)
+    theirs = TF.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert torch.allclose(augment.normalize(x), theirs, atol=1e-6)
     x, sigma = images(48, 40) / 255, torch.tensor([0.1, 0.4, 0.9, 1.3, 1.7, 2.0])
     theirs = torch.stack([TF.gaussian_blur(i, 29, float(s)) for i, s in zip(x, sigma)])
     error = (augment.gaussian_blur(x, sigma) - theirs).abs()
@@ -303,17 +273,17 @@ def test_hue_and_blur_are_torchvisions():
 
 @cases("on", [True, False])
 def test_standard_draws(monkeypatch, on):
-    drawn, n = defaultdict(list), 4000
+    sigmas, n = [], 4000
     monkeypatch.setattr(augment, "color_jitter", torch.clone)
-    monkeypatch.setattr(augment, "gaussian_blur", lambda x, v: drawn["blur"].extend(v.tolist()) or x)
+    monkeypatch.setattr(augment, "gaussian_blur", lambda x, v: sigmas.extend(v.tolist()) or x)
     x = torch.tensor([[51, 204], [128, 26], [76, 153]], dtype=torch.uint8)[:, None].expand(n, 3, 1, 2)
     y = seeded(standard, x, on, on)
-    assert torch.equal(y, seeded(standard, x / 255, on, on))  # bytes or fractions
-    x, drawn["blur"] = x / 255, drawn["blur"][: len(drawn["blur"]) // 2]
-    assert is_share(len(drawn["blur"]), n, 0.5 * on) and (not on or is_spread(drawn["blur"], 0.1, 2))
+    assert is_share(len(sigmas), n, 0.5 * on) and (not on or is_spread(sigmas, 0.1, 2))
     grey = (y[:, 0] == y[:, 1]).all((1, 2))
     assert is_share(grey.sum(), n, 0.2)
-    assert is_share((y[~grey] == x[0].flip(2)).all(3).all((1, 2)).sum(), (~grey).sum().item(), 0.5 * on)
+    mirrored = (y[~grey] == x[0].flip(2) / 255).all(3).all((1, 2))
+    assert is_share(mirrored.sum(), len(mirrored), 0.5 * on)
+    assert torch.equal(y, seeded(standard, x / 255, on, on))  # bytes or fractions
 
 
 def test_jitter_is_its_operations():
@@ -331,22 +301,16 @@ def test_jitter_is_its_operations():
     assert len(order.unique(dim=0)) == 24
 
 
-def everything(x):
-    crops = augment.random_resized_crop(augment.level(x).byte(), 24)
-    return augment.normalize(parse_policy("0.9*ra(2,5)|0.1*jigsaw(4)")(standard(crops, blur=True)))
-
-
-POLICIES = ("ra(2,5)", "ra(2,5,paper)", "ra(8,16)", "ua", "jigsaw(4)", "ra(2,5)+jigsaw(4)",
-            "0.9*ra(2,5)|0.1*jigsaw(4)", "ua|jigsaw(2)")
+POLICIES = "ra(2,5)", "ra(2,5,paper)", "ua", "jigsaw(4)", "ra(8,16)+jigsaw(4)", "0.9*ra(2,5)|0.1*jigsaw(4)"
 VIEWS = {text: parse_policy(text) for text in POLICIES} | {
     "crop": lambda x: augment.random_resized_crop(x, 24), "jitter": augment.color_jitter,
-    "standard": lambda x: standard(x, blur=True), "everything": everything}
+    "standard": lambda x: standard(x, blur=True)}
 each_view = cases("view", VIEWS.values(), ids=VIEWS)
 
 
 @each_view
 def test_a_view_depends_on_its_image_alone(view):
-    """And on its own draws: not on its neighbours, the memory format or a caller's autocast."""
+    """And its own draws: not on neighbours, memory format, autocast or who came first. A gradient can go through."""
     x, others = images().repeat(4, 1, 1, 1) / 255, torch.rand(24, 3, 32, 32)
     y, others[::5] = seeded(view, x), x[::5]
     assert torch.equal(seeded(view, others)[::5], y[::5])
@@ -355,6 +319,11 @@ def test_a_view_depends_on_its_image_alone(view):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(seeded(view, x), y)
     assert len(view(images()[2].expand(64, 3, 32, 32) / 255).unique(dim=0)) > 32
+    with torch.inference_mode():
+        augment.normalize(view(x.double()))
+    y = augment.normalize(view(x.double().requires_grad_()))
+    y.square().sum().backward()
+    assert y.dtype == torch.float64
 
 
 @needs_cuda
@@ -372,21 +341,6 @@ def test_cuda_gives_the_same_without_a_wait(view):
     assert ((y.cpu() - on_host).abs() <= 2 / 255).float().mean() >= 0.98
 
 
-def test_nothing_keeps_its_first_callers_mode():
-    """Views and normalize give tensors fit for a gradient, and for the next caller, whoever came first."""
-    class Normalized(nn.Module):
-        def forward(self, x):
-            return augment.normalize(OPS["Color"](x, torch.ones(len(x))))
-
-    x = images() / 255
-    with torch.inference_mode():
-        first = seeded(everything, x)
-    torch.export.export(Normalized(), (x,))
-    y = seeded(everything, x)
-    assert torch.equal(first, y) and type(y) is torch.Tensor
-    augment.normalize(RandAugment(2, 5, "paper")(standard(x.requires_grad_(), blur=True))).square().sum().backward()
-
-
 def record(monkeypatch):
     """Operations then only note their magnitudes: {name: [v, …]}."""
     drawn = defaultdict(list)
@@ -395,16 +349,15 @@ def record(monkeypatch):
     return drawn
 
 
-@cases("policy, space, count", [
-    (RandAugment(1, 5), "released", 16), (RandAugment(1, 5, "paper"), "paper", 14), (UniformAugment(), "uniform", 15)])
+@cases("policy, space, count", [("ra(2,5)", "released", 16), ("ra(2,5,paper)", "paper", 14), ("ua", "uniform", 15)])
 def test_policies_draw_evenly(policy, space, count, monkeypatch):
     drawn, n = record(monkeypatch), 16000
-    policy(torch.zeros(n, 3, 10, 40))
+    parse_policy(policy)(torch.zeros(n // 2, 3, 10, 40))
     total = sum(map(len, drawn.values()))
-    assert is_share(total, 2 * n, 0.5) if space == "uniform" else total == n
+    assert is_share(total, n, 0.5) if space == "uniform" else total == n
     assert drawn.keys() == SPACES[space].keys() and len(drawn) == count
     for name, v in drawn.items():
-        assert is_share(len(v), n, 1 / count)
+        assert is_share(len(v), total, 1 / count)
         assert name not in MOVES or is_share(sum(value < 0 for value in v), len(v), 0.5)
         side = {"TranslateX": 40, "TranslateY": 10, "Cutout": 40}.get(name, 1)  # its ranges are shares of these
         low, high = (end * side for end in SPACES[space][name])
@@ -418,20 +371,18 @@ def test_policies_draw_evenly(policy, space, count, monkeypatch):
                       "Sharpness": {1}, "ShearX": {-0.15, 0.15}, "Cutout": {20}, "TranslateX": {-50, 50},
                       "TranslateY": {-50, 50}}),
     ("released", 0, {"Rotate": {0}, "Posterize": {0}, "Solarize": {0}, "Contrast": {0.1}, "TranslateX": {0}}),
-    ("paper", 30, {"Rotate": {-30, 30}, "Posterize": {4.5}, "Solarize": {0}, "Color": {0.1, 1.9},
-                   "ShearY": {-0.3, 0.3}, "TranslateX": {-18.1269, 18.1269}, "TranslateY": {-9.0634, 9.0634}}),
-])  # 150 / 331 of the 40 or 20 pixels
+    ("paper", 30, {"Rotate": {-30, 30}, "Posterize": {4.5}, "Solarize": {0}, "Color": {0.1, 1.9}, "ShearY": {-0.3, 0.3},
+                   "TranslateX": {-18.1269, 18.1269}, "TranslateY": {-9.0634, 9.0634}})])  # 150 / 331 of 40 and 20
 def test_randaugment_magnitudes(monkeypatch, space, m, magnitudes):
     drawn = record(monkeypatch)
     RandAugment(2, m, space)(torch.zeros(500, 3, 20, 40))
     assert {name: {round(v, 4) for v in drawn[name]} for name in magnitudes} == magnitudes
-    assert sum(map(len, drawn.values())) == 2 * 500
 
 
 @cases("n", [1, 2, 4, 8])
 def test_jigsaw_moves_whole_tiles_evenly(n):
-    x, cut = torch.arange(3 * 8 * 8).view(1, 3, 8, 8), "b c (i y) (j x) -> b (i j) (c y x)"
-    tiles, whole = (rearrange(y, cut, i=n, j=n) for y in (Jigsaw(n)(x.expand(4000, 3, 8, 8)), x))
+    x, cut = torch.arange(3 * 8 * 16).view(1, 3, 8, 16), "b c (i y) (j x) -> b (i j) (c y x)"
+    tiles, whole = (rearrange(y, cut, i=n, j=n) for y in (Jigsaw(n)(x.expand(4000, 3, 8, 16)), x))
     shown = (tiles[:, :, :1] == whole[:, :, 0]).int().argmax(2)  # which tile each place shows
     assert torch.equal(tiles, whole[0, shown])
     assert torch.equal(shown.sort(1).values, torch.arange(n * n).expand(4000, -1))
@@ -439,22 +390,10 @@ def test_jigsaw_moves_whole_tiles_evenly(n):
     assert all(is_share(c, 4000, 1 / n**2) for c in count.tolist())
 
 
-@cases("text", POLICIES)
-def test_policy_keeps_shape_type_and_range(text):
-    policy = parse_policy(text)
-    for dtype in (torch.float32, torch.float64):
-        x = images(32, 36).repeat(8, 1, 1, 1).to(dtype) / 255
-        y = seeded(policy, x)
-        assert y.shape == x.shape and y.dtype == dtype and y.min() >= 0 and y.max() <= 1 and not torch.equal(x, y)
-    assert torch.equal(seeded(pickle.loads(pickle.dumps(policy)), x), y)  # in another process
-    assert policy(x[:0]).shape == (0, 3, 32, 36)
-
-
 @cases("text, part", [
     ("", "''"), ("ra(2)", "'ra(2)'"), ("ra(2,50)", "ra(2,50"), ("ra(0,5)", "ra(0,5"), ("foo", "'foo'"),
     ("ra(2,5)+", "read ''"), ("0.9*ra(2,5)|0.2*ua", "add up to 1"), ("0.9*ra(2,5)|ua", "every branch"),
-    ("1*ra(2,5)|ua", "every branch"), ("ra(2,5,blue)", "'blue'"), ("jigsaw(0)", "jigsaw(0)"), ("x*ua", "'x'"),
-    ("jigsaw(17)", "jigsaw(17)"), ("ua+jigsaw(3)", "jigsaw(3)"), ("0.5*ua|0.5*jigsaw(64)", "jigsaw(64)")])
+    ("ra(2,5,blue)", "'blue'"), ("jigsaw(0)", "jigsaw(0)"), ("x*ua", "'x'"), ("ua|ua+jigsaw(3)", "jigsaw(3)")])
 def test_bad_policy(text, part):
     assert part in refusal(parse_policy, text, 32)
     for h, w in ((32, 40), (40, 32)):  # where the size was not known beforehand
@@ -464,6 +403,7 @@ def test_bad_policy(text, part):
 def test_policy_order_and_chances():
     x, policy = images() / 255, parse_policy("RA(2, 5) + Jigsaw(4)")  # also as the paper writes it
     assert torch.equal(seeded(policy, x), seeded(lambda x: Jigsaw(4)(RandAugment(2, 5)(x)), x))
+    assert parse_policy("ua|jigsaw(4)")(x[:0]).shape == (0, 3, 32, 32)
     x = torch.arange(64.0).expand(4000, 3, 64).view(4000, 3, 8, 8)
     for text, p in (("0.9*jigsaw(1)|0.1*jigsaw(4)", 0.1), ("jigsaw(1)|jigsaw(4)|jigsaw(1)", 1 / 3)):
         assert is_share((parse_policy(text)(x) != x).any(3).any((1, 2)).sum(), len(x), p)
@@ -508,8 +448,7 @@ def test_eval_loader(size, folder):
         assert {len(labels) for labels in seen} == {-(-10 // world)}
         assert sorted(y for labels in seen for y in labels if y >= 0) == sorted(test.labels.tolist())
     many = augment.Data(["image.png"] * 300, torch.zeros(300), [])  # no batch is larger in memory than 256 of 224 px
-    for size, batches in ((32, [256, 44]), (224, [256, 44]), (448, [64] * 4 + [44]), (10**5, [1] * 300)):
-        assert [len(row) for row in EvalLoader(many, 256, size).order] == batches
+    assert [len(EvalLoader(many, 256, size).order[0]) for size in (32, 224, 448, 10**5)] == [256, 256, 64, 1]
 
 
 def test_many_small_images_are_streamed(folder, tmp_path, monkeypatch):
@@ -526,7 +465,7 @@ def test_many_small_images_are_streamed(folder, tmp_path, monkeypatch):
     assert isinstance(load_folder(folder / "train")[0].images, list)  # without labels
     link(tmp_path / "train", folder / "val")
     link(tmp_path / "val", folder / "train")  # a test set that alone would be too much
-    assert all(torch.is_tensor(data.images) for data in load_folder(tmp_path) + augment.load_data("glyphs", "", 24))
+    assert all(torch.is_tensor(data.images) for data in load_folder(tmp_path))
     for size, shorter in ((64, 64), (72, 82)):
         by_hand = [augment.read_centre(path, size, shorter) for path in streamed[1].images]
         assert torch.equal(evaluated(streamed[1], size), torch.stack(by_hand))
@@ -542,22 +481,21 @@ def test_streamed_crops_are_pillows(tmp_path):
         assert (crop.int() - theirs.int()).abs().max() <= 1
 
 
-def test_workers_change_nothing(folder):
-    """And what people keep of each batch must not use up the files that a process may open."""
-    train, test = load_folder(folder, 72)
-    alone, many = (list(TrainLoader(train, 12, 2, 72, workers=n)) for n in (0, 2))
+@cases("ranks, workers", [("", 2), ("0", 2), ("2", 1), ("8", 1)])
+def test_workers_change_nothing(ranks, workers, folder, monkeypatch):
+    """They are as many as the cores, here 2, shared by the ranks. And batches that people keep hold no file open."""
+    def counted(*args, num_workers, real=torch.utils.data.DataLoader, **options):
+        asked.append(num_workers)
+        return real(*args, num_workers=num_workers, **options)
+
+    asked, (train, test) = [], load_folder(folder, 72)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", counted)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    alone, many = (list(TrainLoader(train, 12, 2, 72, workers=n)) for n in (0, 5))
     assert len(many) == 3 and all(torch.equal(a, b) for (a, _), (b, _) in zip(alone, many))
     assert not any(t.is_shared() for batch in many + list(EvalLoader(test, 4, 72, workers=1)) for t in batch)
-
-
-@cases("cores, ranks, workers", [(2, None, 2), (6, "2", 3), (1, "8", 1), (16, "", 8), (16, "0", 8)])
-def test_workers_are_as_many_as_cores(cores, ranks, workers, monkeypatch):
-    asked = []
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    monkeypatch.setattr(os, "environ", {} if ranks is None else dict(LOCAL_WORLD_SIZE=ranks))
-    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *_, num_workers, **__: asked.append(num_workers) or ())
-    list(TrainLoader(augment.Data(["image.png"], None, []), 1, 2, 72, workers=8))
-    assert asked == [workers]
+    assert asked == [0, workers, 1]
 
 
 def test_glyphs_are_the_same_everywhere():
@@ -597,20 +535,16 @@ def test_photographs_stand_upright(tmp_path):
     assert augment.read_image(tmp_path / "broken.jpg").size == (3, 2)
 
 
-@cases("mode, ground", [  # and 16 bits a pixel, which Pillow 10 reads, but cannot write
-    ("RGBA", None), ("LA", None), ("P", 1), ("RGB", (1, 0, 0)), ("L", 1), *[("I;16", 1)] * (Image.__version__ > "11")])
-def test_what_is_transparent_is_white(mode, ground, tmp_path):
+@cases("mode, ground, ink", [
+    ("RGBA", (0, 0, 0, 0), (0, 0, 0, 255)), ("LA", (0, 0), (0, 255)), ("P", 1, 0), ("RGB", (1, 0, 0), (0, 0, 0)),
+    ("L", 1, 0), *[("I;16", 1, 0)] * (Image.__version__ > "11")])  # which Pillow 10 reads, but cannot write
+def test_what_is_transparent_is_white(mode, ground, ink, tmp_path):
     """Black ink at one pixel; the rest is seen through, by its alpha or by having the ground's level."""
-    if ground is None:
-        image, alpha, options = Image.new(mode, (4, 4)), Image.new("L", (4, 4)), {}
-        alpha.putpixel((1, 2), 255)
-        image.putalpha(alpha)
-    else:
-        image, options = Image.new(mode, (4, 4), 1), dict(transparency=ground)
-        image.putpixel((1, 2), 0)
+    image = Image.new(mode, (4, 4), ground)
+    image.putpixel((1, 2), ink)
     if mode == "P":
         image.putpalette([0, 0, 0, 9, 9, 9])
-    image.save(tmp_path / "ink.png", **options)
+    image.save(tmp_path / "ink.png", **({} if "A" in mode else dict(transparency=ground)))
     found = TF.pil_to_tensor(augment.read_image(tmp_path / "ink.png"))
     assert (found[:, 2, 1] == 0).all() and (found == 255).sum() == 3 * 15
 
@@ -653,8 +587,7 @@ def test_many_broken_images_stop_the_run(broken):
             assert f"of {len(paths)} images cannot be read" in refusal(read, *args)
     many = augment.Data(good + 4 * bad, torch.arange(56), [])  # each rank judges by its own share
     assert all("of 14 images cannot be read" in refusal(list, EvalLoader(many, 50, 72, rank, 4)) for rank in range(4))
-    gone = TrainLoader(augment.Data(bad, None, []), 5, 1, 72)
-    assert "five images in a row" in refusal(list, gone)
+    assert "five images in a row" in refusal(list, TrainLoader(augment.Data(bad, None, []), 5, 1, 72))
 
 
 def test_folders_as_people_have_them(folder, tmp_path, monkeypatch):
@@ -665,7 +598,6 @@ def test_folders_as_people_have_them(folder, tmp_path, monkeypatch):
             link(tmp_path / "imagenet" / split / name, folder / split / name)
         for name in ("empty", ".ipynb_checkpoints"):
             (tmp_path / "imagenet" / split / name).mkdir()
-        (tmp_path / "imagenet" / split / ".DS_Store").touch()
     for train, test in (load_folder(tmp_path / "imagenet", 72), augment.load_data("imagenet", "~", 224)):
         assert train.classes == test.classes == ["class0", "class1", "class2"]
         assert train.labels.tolist() == [0] * 12 + [1] * 12 + [2] * 12 and len(train.images) == 36
@@ -673,7 +605,7 @@ def test_folders_as_people_have_them(folder, tmp_path, monkeypatch):
     train, test = load_folder(folder / "train" / "class0")  # without labels
     assert train.images.shape == (12, 3, 16, 16) and train.labels is None and test is None
     for name in ("1.jpg", "deep/2.JPG", ".store/3.png", "._4.jpg", "deep/._5.jpg", "deep/.cache/6.jpg"):
-        red_image(tmp_path / "flat" / name)
+        link(tmp_path / "flat" / name, folder / "train" / "class0" / "0.png")
     for name, to in (("flat/circle", "flat"), ("flat/deep/up", "flat"), ("flat/deep/above", "."), ("link", "flat"),
                      ("flat/twice", "flat/deep"), ("flat/stored", "flat/.store")):
         link(tmp_path / name, tmp_path / to)
@@ -685,19 +617,18 @@ def test_what_is_left_out_is_said(folder, tmp_path, capsys, monkeypatch):
     """In one line, by one of several processes. Our own pictures are nobody's data."""
     endings = ["jpg", "JPEG", "jfif", "gif", "png", "webp"] + ["avif"] * features.check("avif")
     others = "a.heic", "b.HEIC", "deep/c.heic", "deep/README", "deep/.not", "x.\u00fc", "../loose.jpg", "my-views.png"
-    for part in (tmp_path / "data" / "train", tmp_path / "data" / "val"):
-        for i, ending in enumerate(endings):
-            red_image(part / "class" / f"{i}.{ending}", "jpeg" if ending in ("jpg", "jfif") else ending)
-        link(part / "other" / "0.png", part / "class" / "4.png")
-        (part / "class" / "deep").mkdir()
+    for split in ("train", "val"):
+        part = tmp_path / "data" / split / "class"
+        (part / "deep").mkdir(parents=True)
+        for ending in endings:
+            Image.new("RGB", (16, 16)).save(part / f"image.{ending}")
         for name in others:
-            (part / "class" / name).touch()
+            (part / name).touch()
+        link(part.parent / "other" / "0.png", part / "image.png")
     counts = "{'.heic': 6, 'outside the class folders': 2, '': 2, 'views.png': 2, '.\\xfc': 2}"
     for rank, lines in ((None, 1), ("", 1), ("0", 1), ("1", 0)):
         monkeypatch.setattr(os, "environ", {} if rank is None else dict(RANK=rank))
-        for data in load_folder(tmp_path / "data"):
-            red, green, _ = data.images.unbind(1)
-            assert len(red) == len(endings) + 1 and red.min() > 150 and green.max() < 50
+        assert [len(data.images) for data in load_folder(tmp_path / "data")] == [len(endings) + 1] * 2
         assert capsys.readouterr().err == f"WARNING: 14 files are left out: {counts}\n" * lines
     monkeypatch.undo()
     link(tmp_path / "both" / "Training", folder / "train")
@@ -708,7 +639,7 @@ def test_what_is_left_out_is_said(folder, tmp_path, capsys, monkeypatch):
         assert len(load_folder(path)[0].images) == n and capsys.readouterr().err == line
 
 
-def test_a_folder_that_cannot_be_listed(folder, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed(folder, monkeypatch):
     """Rather than to be a class less. (For root every folder can be listed, hence the fault by hand.)"""
     def fail(path, scandir=os.scandir):
         if os.fspath(path) == str(lost):
@@ -716,26 +647,22 @@ def test_a_folder_that_cannot_be_listed(folder, tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", fail)
-    link(tmp_path / "train", folder / "train")
-    (tmp_path / "val" / "class0" / "deep").mkdir(parents=True)
     for data, below in ((folder, "train"), (folder, "val"), (folder, "train/class1"), (folder, "val/class2"),
-                        (tmp_path, "val/class0/deep"), (folder / "train", "class1")):  # the last without labels
+                        (folder / "train", "class1")):  # the last without labels
         lost = data / below
         assert refusal(load_folder, data) == f"[Errno 13] Permission denied: '{lost}'"
 
 
 def test_wrong_folders(folder, tmp_path):
-    for name in ("empty", "flat/train", "flat/val"):
-        (tmp_path / name).mkdir(parents=True)
-    for name, to in (("half/train", "train"), ("other/train", "train"), ("one/train/images", "train/class0"),
+    (tmp_path / "empty").mkdir()
+    for name, to in (("flat/train", "train/class0"), ("half/train", "train"), ("other/train", "train"),
+                     ("other/val/class0", "val/class0"), ("one/train/images", "train/class0"),
                      ("one/val/images", "val/class0")):  # the last two as other tools lay images out
         link(tmp_path / name, folder / to)
-    red_image(tmp_path / "other" / "val" / "class0" / "0.png")
-    for name in ("missing", "empty", "flat", "half", "other"):
+    for name in ("missing", "empty", "other"):
         assert re.search("expected .*train/<class>/<image>", refusal(load_folder, tmp_path / name))
-    red_image(tmp_path / "flat" / "train" / "0.png")
     for name, said in (("flat", "no images in"), ("half", "no images in"), ("one", "one class tells nothing apart: ")):
-        advice = f"{said}.*without labels --data {tmp_path}/{name}/train$"
+        advice = f"{said}.*expected .*train/<class>/<image>.*without labels --data {tmp_path}/{name}/train$"
         assert re.search(advice, refusal(load_folder, tmp_path / name))
         assert load_folder(tmp_path / name / "train")[0].labels is None  # and that does it
     for name, said in (("imagenet", "imagenet/train/<class>"), ("cifar10", "no CIFAR-10")):
@@ -745,67 +672,46 @@ def test_wrong_folders(folder, tmp_path):
 # ------------------------------------------------------------ monitors
 
 @cases("k", [1, 5, 1000])
-def test_knn_against_a_loop(k):
-    """A label of -1 says that this row of the bank is no image: it votes for nobody, and takes no neighbour's place."""
-    bank, labels = torch.randn(60, 6), torch.randint(4, (60,))
-    query, labels[::3] = torch.cat([bank[::3], torch.randn(300, 6)]), -1
-    expected = []
-    for q in query:
-        votes, similarity = [0.0] * 4, F.cosine_similarity(q, bank).tolist()
+def test_knn_against_a_loop(k, monkeypatch):
+    """In eval mode, without a copy of the bank. A label of -1 says that this is no image, neither vote nor query."""
+    simsiam.join()
+    monkeypatch.setattr(dist, "broadcast", None)
+    net, labels = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12)), torch.randint(4, (60,))
+    bank, query = (torch.randint(0, 256, (n, 3, 2, 2), dtype=torch.uint8) for n in (60, 300))
+    labels[::3], query[::15] = -1, bank[::3]
+    expected, points = [], augment.normalize(bank / 255).flatten(1)
+    for q in augment.normalize(query / 255).flatten(1):
+        votes, similarity = [0.0] * 4, F.cosine_similarity(q, points).tolist()
         for i in sorted([i for i in range(60) if i % 3], key=lambda i: -similarity[i])[:k]:
             votes[labels[i]] += math.exp(similarity[i] / 0.1)
         expected.append(votes.index(max(votes)))
-    assert simsiam.knn_predict(query, bank, labels, 4, k=k).tolist() == expected
-
-
-def test_the_monitor(monkeypatch):
-    """It is knn_predict on normalised images, in eval mode; a label of -1 says that there is none. The bank is never
-    copied, and in a world of one no large tensor goes through a collective."""
-    m, search, seen, banks = simsiam, simsiam.knn_predict, [], []
-    m.join()
-    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(48))
-    bank, query = (torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8) for n in (30, 20))
-    labels, truth = torch.randint(3, (30,)), torch.randint(3, (20,))
-    labels[7], truth[3] = -1, -1
-    net.register_forward_pre_hook(lambda net, x: seen.append((x[0], net.training)))
-    monkeypatch.setattr(dist, "broadcast", None)
-    monkeypatch.setattr(m, "gather", lambda x, real=m.gather: banks.append(x) or real(x))
-    monkeypatch.setattr(m, "knn_predict", lambda query, bank, *rest: banks.append(bank) or search(query, bank, *rest))
-    loaders = (list(zip(x.split(8), y.split(8))) for x, y in ((bank, labels), (query, truth)))
-    accuracy = m.knn_accuracy(net, *loaders, 3, k=5)
-    assert banks[-1].data_ptr() == banks[0].data_ptr()
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    bank, query = (TF.normalize(x / 255, mean, std).flatten(1) for x in (bank, query))
-    right = (search(query, bank[labels >= 0], labels[labels >= 0], 3, k=5) == truth)[truth >= 0]
-    assert accuracy == pytest.approx(100 * right.float().mean().item())
-    assert torch.allclose(torch.cat([x for x, _ in seen]).flatten(1), torch.cat([bank, query]), atol=1e-6)
-    assert not any(training for _, training in seen) and net.training
+    expected[7] = -1
+    loaders = (list(zip(x.split(64), y.split(64))) for x, y in ((bank, labels), (query, torch.tensor(expected))))
+    assert simsiam.knn_accuracy(net, *loaders, 4, k) == 100 and net.training
 
 
 def test_report(capsys):
     """The line of an epoch, and warnings: of collapse, and where kNN has gone less than a twentieth of its way."""
     simsiam.join()
 
-    def said(first, last, epochs=30):
-        simsiam.report([first, last], epochs)
+    def said(untrained=40, epochs=30, **last):
+        simsiam.report([dict(epoch=0, knn=untrained), last], epochs)
         return capsys.readouterr().out
 
-    first, trained = dict(epoch=0, knn=40), dict(loss=-1.23456, std=0.2, lr=0, images_per_s=12345.6, seconds=61.7)
-    line = "epoch   2/30  loss -1.2346  std 0.20  12,346 images/s  62 s"
-    assert said(first, first) == "epoch   0/30  kNN 40.00 %\n"
-    assert said(first, dict(epoch=2, knn=40) | trained) == f"{line}  kNN 40.00 %\n"  # too early to warn
-    assert said(first, dict(epoch=2) | trained) == f"{line}\n"
-    assert "\nWARNING: std is low" in said(first, dict(epoch=1) | trained | dict(std=0.19))
-    for before, low, high in ((40, 42.9, 43), (98, 98.05, 98.11), (6.35, 9.28, 11.05)):
+    trained = dict(loss=-1.23456, std=0.2, lr=0, images_per_s=12345.6, seconds=61.7)
+    line = "epoch   2/30  loss -1.2346  std 0.20  12,346 images/s  62 s  kNN 40.00 %\n"
+    assert said(epoch=2, knn=40, **trained) == line  # too early to warn
+    assert "\nWARNING: std is low" in said(epoch=1, **trained | dict(std=0.19))
+    for untrained, low, high in ((40, 42.9, 43), (98, 98.05, 98.11), (6.35, 9.28, 11.05)):
         for epoch, epochs in ((3, 30), (1, 2)):
-            texts = [said(dict(epoch=0, knn=before), dict(epoch=epoch, knn=knn), epochs) for knn in (low, high)]
+            texts = [said(untrained, epochs, epoch=epoch, knn=knn) for knn in (low, high)]
             assert ["WARNING: kNN is hardly above the untrained" in text for text in texts] == [True, False]
 
 
 # ------------------------------------------------------------ runs: what is built
 
-def model(m, *flags):
-    return getattr(m, METHODS[m.__name__])(m.parse_args(["--arch", "small", "--dim", "16", *flags]))
+def model(m):
+    return getattr(m, METHODS[m.__name__])(m.parse_args(["--arch", "small", "--dim", "16"]))
 
 
 def projections(out):
@@ -815,9 +721,9 @@ def projections(out):
     return out[1] + out[3] if len(out) == 4 else out[0] + out[1]  # SimSiam, SimCLR
 
 
-def run(m, folder, out, *flags):
-    line = "--recipe glyphs --size 16 --batch 12 --epochs 2 --k 5 --workers 0 --data".split()
-    m.train(m.parse_args([*line, str(folder), *(["--out", str(out)] if out else []), *flags]))
+def run(m, folder, out, flags=""):
+    line = "--recipe glyphs --size 16 --batch 12 --epochs 2 --k 5 --workers 0 " + flags
+    m.train(m.parse_args([*line.split(), "--data", str(folder), *(["--out", str(out)] if out else [])]))
 
 
 def log(out):
@@ -826,10 +732,6 @@ def log(out):
 
 def saved(out, name="backbone.pt"):
     return torch.load(out / name, weights_only=True)
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def evaluate(line, capsys):
@@ -842,24 +744,17 @@ def evaluate(line, capsys):
 @cases("arch", ["resnet18", "resnet50"])
 @cases("stem", ["cifar", "imagenet"])
 def test_backbone_loads_into_torchvision(arch, stem, tmp_path):
+    """And from a file, also with fc, into linear evaluation."""
     (ours, d), theirs, x = simsiam.make_backbone(arch, stem), getattr(models, arch)(), torch.rand(2, 3, 32, 32)
-    assert list(ours.state_dict()) == [key for key in theirs.state_dict() if not key.startswith("fc.")]
-    torch.save(theirs.state_dict() if stem == "imagenet" else ours.state_dict(), tmp_path / "net.pt")
-    found, width = linear_eval.load_backbone(tmp_path / "net.pt")  # with fc or without
+    torch.save(ours.state_dict() | {"fc.weight": theirs.fc.weight}, tmp_path / "net.pt")
+    found, width = linear_eval.load_backbone(tmp_path / "net.pt")
     assert width == d == theirs.fc.in_features
     theirs.fc = nn.Identity()
     if stem == "cifar":
         theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    assert torch.equal(ours.eval()(x), theirs.eval()(x))
-    assert found.conv1.stride == theirs.conv1.stride and type(found.maxpool) is type(theirs.maxpool)
-
-
-@each_method
-def test_each_view_has_its_own_batch_statistics(m):
-    net, (a, b) = model(m, "--weights", "1", "1", "1", "1"), torch.rand(2, 8, 3, 16, 16)
-    alone, together = projections(net([a], []))[0], projections(net([a], [5 * b]))[0]
-    assert torch.allclose(alone, together, atol=1e-5)
+    for net in (ours.eval(), found):
+        assert torch.equal(net(x), theirs.eval()(x))
 
 
 # By script and data: projector, predictor, lr for the batch, momentum, weight decay, optimizer, batch, epochs, warm-up.
@@ -888,7 +783,7 @@ def test_what_a_recipe_builds(m, data, folder, tmp_path, monkeypatch):
 
     args, seen = m.parse_args(["--data", data]), []
     monkeypatch.setattr(m, "train_epoch", lambda epoch, ddp, optimizer, *_: seen.extend([ddp.module, optimizer]) or {})
-    run(m, folder, tmp_path, *f"--recipe {data} --epochs 1 --warmup 0 --arch small".split())
+    run(m, folder, tmp_path, f"--recipe {data} --epochs 1 --warmup 0 --arch small")
     (net, optimizer), (group,) = seen, seen[1].param_groups  # all parameters in one
     assert list(map(id, group["params"])) == list(map(id, net.parameters()))
     heads = [" ".join(map(described, head)) for head in (net.projector, getattr(net, "predictor", []))]
@@ -897,7 +792,7 @@ def test_what_a_recipe_builds(m, data, folder, tmp_path, monkeypatch):
             type(optimizer).__name__, args.batch, args.epochs, args.warmup] == BUILT[f"{m.__name__} {data}"]
 
 
-@in_simclr
+@cases("m", [m for m in MODULES if m.__name__ == "simclr_dssl"])
 def test_lars_leaves_vectors_alone(m):
     w, v, g = nn.Parameter(torch.full((2, 2), 2.0)), nn.Parameter(torch.ones(2)), torch.tensor([[3.0, -3], [3, 3]])
     w.grad, v.grad, along = g.clone(), torch.full((2,), 3.0), g + 0.1 * 2
@@ -906,37 +801,26 @@ def test_lars_leaves_vectors_alone(m):
     assert torch.allclose(v, torch.full((2,), 1 - 0.5 * 3.0))  # plain SGD without decay
 
 
-@in_byol
+@cases("m", [m for m in MODULES if m.__name__ == "byol_dssl"])  # skips if there is none
 def test_target_follows_each_step(m, folder, tmp_path, monkeypatch):
     """From the same weights on, after the optimizer, and in parameters alone."""
-    momenta, first, last = [], [], []
+    seen = []
 
     def spy(net, momentum, real=m.BYOL.update_target):
-        online, target = [*net.backbone.parameters(), *net.projector.parameters()], [*net.target.parameters()]
-        before, buffers = [x.clone() for x in target], [x.clone() for x in net.target.buffers()]
+        online, before = [*net.backbone.parameters(), *net.projector.parameters()], copy.deepcopy(net.target)
         real(net, momentum)
-        for x, old, other in zip(target, before, online, strict=True):
+        for x, old, other in zip(net.target.parameters(), before.parameters(), online, strict=True):
             assert torch.allclose(x, momentum * old + (1 - momentum) * other, atol=1e-6) and not x.requires_grad
-        assert all(map(torch.equal, net.target.buffers(), buffers))
-        momenta.append(momentum), first.append(before[0]), last.append(online[0].detach().clone())
+        assert_same(list(net.target.buffers()), list(before.buffers()))
+        seen.append((momentum, next(before.parameters()), online[0].detach().clone()))
 
     monkeypatch.setattr(m.BYOL, "update_target", spy)
-    run(m, folder, tmp_path, *"--dim 16 --hidden 16 --ema-cosine --ema 0.4".split())
+    run(m, folder, tmp_path, "--dim 16 --hidden 16 --ema-cosine --ema 0.4")
+    momenta, targets, online = zip(*seen)
     assert momenta == pytest.approx([1 - 0.6 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)])
     assert m.target_momentum(3, 6, 0.99, False) == 0.99
-    assert torch.equal(first[0], seeded(model, m).backbone.conv1.weight)
-    assert torch.equal(last[5], saved(tmp_path)["conv1.weight"])
-
-
-@needs_cuda
-@each_method
-def test_bf16_and_syncbn_on_cuda(m):
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    net, x = model(m).cuda(), torch.rand(32, 3, 24, 24, device="cuda")
-    full = projections(net([x], []))[0]
-    with torch.autocast("cuda", torch.bfloat16):  # in a world of one SyncBN must change nothing
-        half = projections(nn.SyncBatchNorm.convert_sync_batchnorm(net)([x], []))[0]
-    assert F.cosine_similarity(full, half.float(), dim=-1).mean() > 0.98
+    assert torch.equal(targets[0], seeded(model, m).backbone.conv1.weight)
+    assert torch.equal(online[5], saved(tmp_path)["conv1.weight"])
 
 
 # ------------------------------------------------------------ runs: flags
@@ -957,27 +841,25 @@ def test_common_blocks_are_identical():
                  for name in ("train", "train_epoch", "parse_args")]
         assert [len(part) for part in lines] == changed[m.__name__], lines
         assert [name for name in SHARED if source(m, name) != source(simsiam, name)] == []
-        assert m.MAY_CHANGE == simsiam.MAY_CHANGE
         assert not hasattr(m, "LARS") or source(m, "LARS") == source(linear_eval, "LARS")
     for name in ("make_backbone", "positive", "count", "nonnegative", "say", "join", "main"):
         assert source(linear_eval, name) == source(simsiam, name), name
-    assert not re.search("BYOL|SimCLR|byol", "".join(source(simsiam, name) for name in SHARED))
 
 
 WRONG = {  # command lines that are refused: by flag, its values
     "simsiam_dssl": {
-        "weights": "0 0 0 0|1 0 -1 0|1 0 1|1 0 1 0 1|1 0 x 0|nan 0 0 0|1 0 inf 0", "batch": "|0|2.5",
-        "epochs": "0", "lr": "-1|nan|inf", "wd": "-1", "warmup": "5", "size": "4", "crop": "1.1", "workers": "-1",
-        "seed": "x|-1|4294967296", "pairs": "0", "flip": "yes", "hv-from": "no", "data": "no", "recipe": "no",
-        "arch": "resnet19", "stem": "big", "k": "0", "knn-every": "0", "dim": "0", "layers": "0", "nonsense": "1",
-        "heavy": "nothing|ra(2)|jigsaw(13)", "dat": "cifar10", "": "nonsense"},
+        "weights": "0 0 0 0|1 0 -1 0|1 0 1", "batch": "0|2.5", "epochs": "0", "lr": "-1|nan|inf", "wd": "-1",
+        "warmup": "5", "size": "4", "crop": "1.1", "workers": "-1", "seed": "x|-1|4294967296", "pairs": "0",
+        "flip": "yes", "hv-from": "no", "data": "no", "recipe": "no", "arch": "resnet19", "stem": "big", "k": "0",
+        "knn-every": "0", "dim": "0", "layers": "0", "heavy": "jigsaw(13)", "dat": "cifar10", "": "nonsense"},
     "byol_dssl": {"ema": "1.1|-1", "hidden": "0"},
     "simclr_dssl": {"temperature": "0|nan", "lars": "1"},
     "linear_eval": {
-        "protocol": "adam", "batch": "0", "epochs": "0", "lr": "x", "size": "x|7", "prot": "sgd", "data": "no",
-        "recipe": "no", "seed": "x|-1|4294967296", "workers": "-1|x", "": "net.pt"},
-    "augment": {"size": "4|x", "nonsense": "", "heavy": "|nothing|jigsaw(20)|ra(0,5)", "seed": "x|-1|4294967296",
-                "out": "no/views.png|figure.png", "": "missing.jpg"}}
+        "protocol": "adam", "batch": "0", "epochs": "0", "lr": "-1", "size": "7", "prot": "sgd", "data": "no",
+        "recipe": "no", "seed": "-1", "workers": "-1", "": "net.pt"},
+    "augment": {
+        "size": "4|x", "heavy": "|ra(0,5)|jigsaw(20)", "seed": "x|-1|4294967296", "out": "no/views.png|figure.png",
+        "nonsense": "", "": "missing.jpg"}}
 
 
 @cases("script", SCRIPTS)
@@ -989,7 +871,6 @@ def test_wrong_command_lines(script, monkeypatch):
         message = refusal(getattr(sys.modules[script], "parse_args", augment.main))
         assert message.startswith(f"{script}.py: ") and message.isascii(), message
         assert f"--{flag}" in message or "unrecognized" in message or script == "augment", message
-    assert "required: backbone" in refusal(linear_eval.parse_args, [])
 
 
 @each_method
@@ -1025,36 +906,30 @@ def test_help_also_without_docstrings(script, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------ runs
 
 def test_learning_rate(folder, tmp_path, monkeypatch):
-    def rate(*steps, warmup):
-        return [simsiam.learning_rate(step, 110, warmup, 2) for step in steps]
-
-    assert rate(0, 4, 9, 10, 60, 110, warmup=10) == pytest.approx([0.2, 1, 2, 2, 1, 0])
-    assert max(rate(*range(110), warmup=2.5)) <= 2 and rate(0, warmup=0) == [2]
+    """Linear over two of five epochs of three steps each, then half a cosine; over 2.5 steps it is never above base."""
     rates, real = [], torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or real(self))
-    run(simsiam, folder, tmp_path, *"--epochs 5 --warmup 2 --lr 0.64 --dim 16".split())
-    assert rates == pytest.approx([simsiam.learning_rate(step, 15, 6, 0.03) for step in range(15)])
+    run(simsiam, folder, tmp_path, "--epochs 5 --warmup 2 --lr 0.64 --dim 16")
+    cosine = [(1 + math.cos(math.pi * step / 9)) / 2 for step in range(9)]
+    assert rates == pytest.approx([0.03 * share for share in (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, *cosine)])
     assert [entry["lr"] for entry in log(tmp_path)[1:]] == rates[2::3]
-
-
-def made(folder, monkeypatch, *flags, epoch=1, rank=0):
-    """The SVs and HVs of each step, by make_views; whatever epoch and rank, of the same images and crops."""
-    loader = TrainLoader(load_folder(folder)[0], 12, 2, 16)
-    loader.order, loader.set_epoch = [loader.order[0]] * 2, lambda epoch: None
-    monkeypatch.setattr(dist, "get_rank", lambda: rank)
-    return list(simsiam.make_views(loader, simsiam.parse_args(["--size", "16", *flags]), epoch))
+    assert max(simsiam.learning_rate(step, 110, 2.5, 2) for step in range(110)) <= 2
 
 
 def test_each_step_and_rank_draws_its_own_views(folder, monkeypatch):
-    places = dict(epoch=1), dict(epoch=1), dict(epoch=2), dict(rank=1)
-    again, *steps = (made(folder, monkeypatch, **place) for place in places)
-    assert all(torch.equal(a, b) for one, two in zip(again, steps[0]) for a, b in zip(one, two))
-    steps = [*sum(steps, []), *made(folder, monkeypatch, "--seed", "1")]
+    def made(flags="", epoch=1, rank=0):
+        """The SVs and HVs of each step; whatever epoch and rank, of the same images and crops."""
+        loader = TrainLoader(load_folder(folder)[0], 12, 2, 16)
+        loader.order, loader.set_epoch = [loader.order[0]] * 2, lambda epoch: None
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        return list(simsiam.make_views(loader, simsiam.parse_args(["--size", "16", *flags.split()]), epoch))
+
+    steps = made() + made(epoch=2) + made(rank=1) + made("--seed 1")
     for one, two in itertools.combinations(steps, 2):
         assert not any(torch.equal(a, b) for a, b in zip(one, two))
     monkeypatch.setattr(augment, "parse_policy", lambda *_: lambda x: 1 - x)
     for source, n in (("sv", 2), ("image", 1)):  # of two crops; a heavy view comes from its own SV, or from none
-        for sv, hv in made(folder, monkeypatch, "--hv-from", source):
+        for sv, hv in made(f"--hv-from {source}"):
             assert [torch.equal(a, 1 - b) for a, b in zip(hv, sv, strict=True)] == [source == "sv"] * n
 
 
@@ -1070,7 +945,7 @@ def test_what_is_forwarded_and_logged(m, flags, views, folder, tmp_path, monkeyp
     monkeypatch.setattr(m, "dssl_loss", lambda *args: losses.append((args, loss(*args))) or losses[-1][1])
     monkeypatch.setattr(network, "forward", lambda *args: forwards.append((args, forward(*args))) or forwards[-1][1])
     monkeypatch.setattr(m, "Gather", None, raising=False)  # for ranks alone: gloo's copies would slow torch down
-    run(m, folder / "train" / "class1", tmp_path, *"--epochs 1 --batch 6 --dim 16".split(), *flags.split())
+    run(m, folder / "train" / "class1", tmp_path, "--epochs 1 --batch 6 --dim 16 " + flags)
     text, (_, entry) = capsys.readouterr().out, log(tmp_path)
     assert "knn" not in entry and "no labels, so no kNN" in text and text.endswith("backbone.pt'\n")  # no command
     weights, steps, n = list(map(float, flags.split()[1:5])), 6 if "--batch" in flags else 2, len(losses)
@@ -1078,6 +953,9 @@ def test_what_is_forwarded_and_logged(m, flags, views, folder, tmp_path, monkeyp
     assert entry["loss"] == pytest.approx(sum(value.item() for _, value in losses) / steps, abs=1e-6)
     used = [x for args, _ in losses[: n // steps] for x in next(pair for pair in args if len(pair))]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(used, 2))  # each pair of views once
+    state = saved(tmp_path, "checkpoint.pt")["model"]
+    batches = {n.item() for key, n in state.items() if key.endswith("_tracked") and not key.startswith("target")}
+    assert batches == {steps * sum(views)}  # BN takes each view by itself
     std = 0
     for (_, sv, hv), out in forwards:
         assert (len(sv), len(hv)) == views and all(x.min() < -1 for x in [*sv, *hv])  # normalised
@@ -1099,7 +977,7 @@ def test_k_and_knn_every(folder, tmp_path, monkeypatch, capsys):
     write_images(tmp_path / "few", 2, 2, 2, lambda i: torch.zeros(8, 8, 3))
     for data, k, used in ((folder, 1, 1), (folder, 4, 3), (folder, 200, 3), (tmp_path / "few", 200, 1)):
         out = tmp_path / f"{data.name}{k}"
-        run(simsiam, data, out, *f"--epochs 4 --knn-every 3 --batch 2 --k {k}".split())
+        run(simsiam, data, out, f"--epochs 4 --knn-every 3 --batch 2 --k {k}")
         assert seen.pop() == used and f"kNN with k {used}\n" in capsys.readouterr().out
         assert [entry["epoch"] for entry in log(out) if "knn" in entry] == [0, 3, 4]
 
@@ -1112,11 +990,8 @@ def test_what_is_not_finite_is_never_saved(what, folder, tmp_path, monkeypatch):
         return real(p, *rest) + (fault if next(calls) == 6 else 0)
 
     monkeypatch.setattr(simsiam, "dssl_loss", broken)
-    said = "the loss or a weight is not finite in epoch 2, which is not saved: lower --lr"
-    assert refusal(run, simsiam, folder, tmp_path) == said
-    state = saved(tmp_path, "checkpoint.pt")
-    assert len(state["history"]) == 2
-    assert all(x.isfinite().all() for x in [*state["model"].values(), *saved(tmp_path).values()])
+    assert "not finite in epoch 2, which is not saved: lower --lr" in refusal(run, simsiam, folder, tmp_path)
+    assert len(saved(tmp_path, "checkpoint.pt")["history"]) == 2
 
 
 def interrupted(m, folder, out):
@@ -1150,32 +1025,34 @@ def test_a_run_and_the_same_interrupted(m, folder, tmp_path, monkeypatch):
 
     interrupted(m, folder, half)
     run(m, folder, half)
-    assert equal(saved(half), saved(out))
+    assert_same(saved(half), saved(out))
     for key in ("epoch", "loss", "std", "lr", "knn"):
         assert [entry.get(key) for entry in log(half)] == [entry.get(key) for entry in entries]
     with contextlib.redirect_stdout(io.StringIO()) as text:  # of a complete run nothing is left to do
-        run(m, folder, out, "--workers", "1")
+        run(m, folder, out, "--workers 1")
     assert f"complete: {str(out / 'backbone.pt')!a}" in text.getvalue() and "\nepoch" not in text.getvalue()
     assert log(out) == entries
 
 
 @needs_cuda
 @each_method
-def test_short_run_on_cuda(m, folder, tmp_path):
+def test_run_on_cuda(m, folder, tmp_path):
+    """Its weights are in full precision; bf16 and, in a world of one, SyncBN change little."""
     run(m, folder, tmp_path)
     net, _ = linear_eval.load_backbone(tmp_path / "backbone.pt")
     assert {x.dtype for x in net.state_dict().values()} == {torch.float32, torch.int64}
+    net, x = model(m).cuda(), torch.rand(32, 3, 24, 24, device="cuda")
+    full = projections(net([x], []))[0]
+    with torch.autocast("cuda", torch.bfloat16):
+        half = projections(nn.SyncBatchNorm.convert_sync_batchnorm(net)([x], []))[0]
+    assert F.cosine_similarity(full, half.float(), dim=-1).mean() > 0.98
 
 
 def test_save_and_load(tmp_path, monkeypatch):
-    """A full disk leaves the last good file. Refused are other settings, on this rank or on rank 0, and a file that is
-    damaged or of another program, which stays as it is."""
+    """A full disk leaves the last good file. Refused are another run's settings, also rank 0's, and damaged files."""
     def full(path, data, real=Path.write_bytes):
         real(path, bytes(data)[:100])
         raise OSError("No space left on device")
-
-    def load(**settings):
-        return simsiam.load(path, settings, None, None)
 
     simsiam.join()
     path = tmp_path / "checkpoint.pt"
@@ -1184,23 +1061,21 @@ def test_save_and_load(tmp_path, monkeypatch):
         patch.setattr(Path, "write_bytes", full)
         assert refusal(simsiam.save, {"x": torch.ones(3)}, path) == "No space left on device"
     good, said = path.read_bytes(), f"{path} is of a run with lr 1, not 2; wd None, not 3: take that, or another --out"
-    assert load(seed=0, lr=1) == [] and refusal(lambda: load(seed=0, lr=2, wd=3)) == said
+    assert simsiam.load(path, dict(seed=0, lr=1), None, None) == []
+    assert refusal(simsiam.load, path, dict(seed=0, lr=2, wd=3), None, None) == said
     for content in (b"", b"no checkpoint", good[: len(good) // 2], {"conv1.weight": torch.ones(3)}, [1, 2]):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        before = path.read_bytes()
-        assert refusal(load).startswith(f"{path} is damaged, or not a checkpoint of ours (")
-        assert path.read_bytes() == before
-    path.unlink()
+        assert f"{path} is damaged, or not a checkpoint of ours (" in refusal(simsiam.load, path, {}, None, None)
     monkeypatch.setattr(dist, "broadcast_object_list", lambda x: x[0].update(settings=dict(images=[40, 10])))
-    assert "of a run with images [40, 10], not [36, 10]" in refusal(lambda: load(images=[36, 10]))
+    assert "images [40, 10], not [36, 10]" in refusal(simsiam.load, tmp_path / "new", dict(images=[36, 10]), None, None)
 
 
 def test_where_a_run_writes(folder, tmp_path, monkeypatch, capsys):
     """Nowhere before all is checked; and without --out into a folder of its own."""
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    for batch in ("48", "1"):
-        assert "at most the 36 images" in refusal(run, simsiam, folder, "run", "--batch", batch)
+    for batch in ("--batch 48", "--batch 1"):
+        assert "at most the 36 images" in refusal(run, simsiam, folder, "run", batch)
     assert "no folder" in refusal(run, simsiam, "typo", "run") and "file" in refusal(run, simsiam, folder, "file/run")
     with monkeypatch.context() as patch:
         patch.setattr(simsiam, "load", lambda *_: sys.exit("refused"))
@@ -1210,8 +1085,6 @@ def test_where_a_run_writes(folder, tmp_path, monkeypatch, capsys):
     text, (name,) = capsys.readouterr().out, os.listdir("runs")
     assert re.fullmatch(rf"simsiam_dssl-\d{{8}}-\d{{6}}-{os.getpid()}", name)
     assert f"the same command with --out 'runs/{name}' goes on" in text
-    monkeypatch.setattr("time.strftime", lambda _: name[13:28])  # another in the same second
-    assert "File exists" in refusal(run, simsiam, folder, None)
     python, script, *flags = shlex.split(text.splitlines()[-1])  # the linear evaluation, as it stands
     assert (python, script) == ("python", linear_eval.__file__)
     assert evaluate(" ".join(flags) + " --epochs 1", capsys)[1]["images"] == 10
@@ -1222,8 +1095,7 @@ def test_where_a_run_writes(folder, tmp_path, monkeypatch, capsys):
     ("m.train_epoch = lambda *_: 1 / 0", "", 1, r"(?s).*Traceback .*ZeroDivisionError: .*\n"),
     ("atexit.unregister(time.sleep); os.close(1); sys.stdout = None", "", 0, "")])
 def test_how_a_process_ends(fault, data, code, said, folder, tmp_path):
-    """At once after an error: the end of NCCL's group, for which a sleep stands here, would wait for other ranks. And
-    well where its output is closed."""
+    """At once after an error, where NCCL's group, here a sleep, would wait for others; and well without an output."""
     text = f"""import atexit, os, sys, time; atexit.register(time.sleep, 1000); import simsiam_dssl as m; {fault}
 sys.argv = "x --data {data or folder} --recipe glyphs --size 16 --batch 36 --epochs 1 --out {tmp_path}/run".split()
 m.main()"""
@@ -1234,7 +1106,7 @@ m.main()"""
 
 # ------------------------------------------------------------ ranks
 
-TRAINING = "--dim 16 --size 72 --epochs 1 --batch 12 --lr 20 --warmup 0 --weights 1 0.7 0.5 0.3".split()
+TRAINING = "--dim 16 --size 72 --epochs 1 --batch 12 --lr 20 --warmup 0 --weights 1 0.7 0.5 0.3"
 
 
 def without_chance(patch):
@@ -1261,15 +1133,14 @@ def rank_main(rank, world, folder, out, port):
     with pytest.MonkeyPatch.context() as patch:
         without_chance(patch)
         for m in MODULES:
-            run(m, folder, f"{out}/{m.__name__}", *TRAINING)
+            run(m, folder, f"{out}/{m.__name__}", TRAINING)
     torch.save(result, f"{out}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
 @cases("world", [2, 4])
 def test_ranks(world, folder, tmp_path, monkeypatch):
-    """They go on with a run that one rank began, and count in the monitor what one counts. Training gives what it gives
-    in one process: for SimCLR, with all negatives."""
+    """They go on with a run that one began; monitor and training give what they give in one process."""
     interrupted(simsiam, folder, tmp_path / "run")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -1281,7 +1152,7 @@ def test_ranks(world, folder, tmp_path, monkeypatch):
         pytest.fail("the ranks hang")
     first, *others = [saved(tmp_path, f"rank{rank}.pt") for rank in range(world)]
     for other in others:
-        assert all(map(torch.equal, first["buffers"], other["buffers"])) and first["knn"] == other["knn"]
+        assert_same(first, other)
     assert [entry["epoch"] for entry in log(tmp_path / "run")] == [0, 1, 2]
     assert 0.7 < log(tmp_path / "run")[2]["std"] < 1.3  # a mean over the ranks
 
@@ -1289,11 +1160,10 @@ def test_ranks(world, folder, tmp_path, monkeypatch):
         one, several = tmp_path / "alone" / m.__name__, tmp_path / m.__name__
         with monkeypatch.context() as patch:
             without_chance(patch)
-            run(m, folder, one, *TRAINING)
+            run(m, folder, one, TRAINING)
         start = seeded(m.make_backbone, "small", "cifar")[0].state_dict()
         alone, together = saved(one), saved(several)
-        for key in alone:
-            assert torch.allclose(alone[key].float(), together[key].float(), atol=1e-4), (m.__name__, key)
+        torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-4)
         assert max((alone[key].float() - start[key].float()).abs().max() for key in alone) > 5e-3  # it has learnt
         assert log(one)[1]["loss"] == pytest.approx(log(several)[1]["loss"], abs=1e-4)
 
@@ -1310,27 +1180,23 @@ def test_linear_eval_settings():
         args = linear_eval.parse_args(["net.pt", *line.split()])
         linear_eval.choose(args, images, world)
         lr = round(args.lr * args.batch / 256, 6)
-        return args.size, args.crop, args.protocol, args.batch, args.epochs, lr, args.norm
+        return args.size, args.crop, args.flip, args.protocol, args.batch, args.epochs, lr, args.norm
 
     folder, many = "--data folder --recipe imagenet --size 24", 1281167
     for line, images, expected in (
-            ("", 8192, (24, 0.8, "sgd", 256, 30, 100, 1)), ("--data cifar10", 50000, (32, 0.8, "sgd", 256, 100, 30, 1)),
-            ("--data imagenet", many, (224, 0.08, "lars", 4096, 90, 1.6, 1)),
-            ("--data imagenet --protocol sgd-linear", many, (224, 0.08, "sgd-linear", 4096, 90, 1.6, 1)),
-            (folder, 409600, (24, 0.08, "lars", 4096, 90, 1.6, 1)),
-            (folder, 409599, (24, 0.08, "sgd", 256, 100, 30, None)),
-            (folder, 300, (24, 0.08, "sgd", 30, 100, 30, None)),  # what is asked for means what it says:
-            (f"{folder} --protocol sgd", 300, (24, 0.08, "sgd", 256, 100, 30, 1)),
-            (f"{folder} --protocol lars", 300, (24, 0.08, "lars", 300, 90, 0.117188, 1)),
-            (f"{folder} --batch 64 --epochs 3 --lr 4", 300, (24, 0.08, "sgd", 64, 3, 1, None))):
+            ("", 8192, (24, 0.8, False, "sgd", 256, 30, 100, 1)),
+            ("--data cifar10", 50000, (32, 0.8, True, "sgd", 256, 100, 30, 1)),
+            ("--data imagenet", many, (224, 0.08, True, "lars", 4096, 90, 1.6, 1)),
+            ("--data imagenet --protocol sgd-linear", many, (224, 0.08, True, "sgd-linear", 4096, 90, 1.6, 1)),
+            (folder, 409600, (24, 0.08, True, "lars", 4096, 90, 1.6, 1)),
+            (folder, 409599, (24, 0.08, True, "sgd", 256, 100, 30, None)),
+            (folder, 300, (24, 0.08, True, "sgd", 30, 100, 30, None)),  # what is asked for means what it says:
+            (f"{folder} --protocol sgd", 300, (24, 0.08, True, "sgd", 256, 100, 30, 1)),
+            (f"{folder} --protocol lars", 300, (24, 0.08, True, "lars", 300, 90, 0.117188, 1)),
+            (f"{folder} --batch 64 --epochs 3 --lr 4", 300, (24, 0.08, True, "sgd", 64, 3, 1, None))):
         assert settings(line, images) == expected, line
-    assert [settings(folder, *n)[3] for n in ((1, 1), (40, 1), (40, 8), (2999, 8))] == [1, 4, 8, 256]
+    assert [settings(folder, *n)[4] for n in ((1, 1), (40, 1), (40, 8), (2999, 8))] == [1, 4, 8, 256]
     assert "fewer than the 8 ranks" in refusal(settings, folder, 7, 8)
-    assert [recipe["flip"] for recipe in linear_eval.RECIPES.values()] == [False, True, True]
-    for protocol, done, rates in (("sgd", (0, 0.59, 0.6, 0.79, 0.8, 0.99), [1, 1, 0.1, 0.1, 0.01, 0.01]),
-                                  ("lars", (0, 0.25, 0.5, 1), [1, 0.853553, 0.5, 0]),
-                                  ("sgd-linear", (0, 0.25, 1), [1, 0.75, 0])):
-        assert [linear_eval.learning_rate(protocol, x, 1) for x in done] == pytest.approx(rates, abs=1e-5)
 
 
 @cases("scale", [10, 0.1])  # of the features: nearest neighbours do not depend on it
@@ -1346,10 +1212,12 @@ def test_linear_eval_and_neighbours(scale, tmp_path, capsys, monkeypatch):
     assert "\nprotocol sgd: batch 10, lr 30, features / " in text and result["top1"] >= knn - 3 > 57, (knn, text)
 
 
-@cases("flags, kind, batch", [
-    ("--epochs 2", "SGD", 3), ("--protocol sgd --batch 12 --epochs 2 --lr 0.3", "SGD", 12),
-    ("--protocol lars --epochs 2", "LARS", 36), ("--protocol sgd-linear --epochs 2 --size 72", "SGD", 36)])
-def test_linear_eval(flags, kind, batch, folder, tmp_path, capsys, monkeypatch):
+@cases("flags, kind, batch, rates", [
+    ("--epochs 2", "SGD", 3, [1] * 15 + [0.1] * 5 + [0.01] * 4),  # a tenth from 60 % on, again from 80 %
+    ("--protocol sgd --batch 12 --epochs 2 --lr 0.3", "SGD", 12, [1, 1, 1, 1, 0.1, 0.01]),
+    ("--protocol lars --epochs 4", "LARS", 36, [1, 0.853553, 0.5, 0.146447]),
+    ("--protocol sgd-linear --epochs 4 --size 72", "SGD", 36, [1, 0.75, 0.5, 0.25])])
+def test_linear_eval(flags, kind, batch, rates, folder, tmp_path, capsys, monkeypatch):
     """The settings in the result, given as flags, give the same again. The backbone stays what it is, its BN, too."""
     def step(self, real=torch.optim.SGD.step):
         steps.append((type(self).__name__, self.param_groups[0]["lr"], self.param_groups[0]["momentum"]))
@@ -1361,12 +1229,12 @@ def test_linear_eval(flags, kind, batch, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(linear_eval, "load_backbone", lambda path: nets.append(load(path)) or nets[-1])
     line = f"{tmp_path}/net.pt --data {folder} --recipe glyphs --size 16 --workers 0 {flags}"
     text, result = evaluate(line, capsys)
-    tops, n, base = [float(top) for top in re.findall(r"top-1 (\S+) %", text)], len(steps), result["lr"] * batch / 256
-    found = len(tops), n, result["images"], result["batch"], result["top5"]
-    assert found == (2, 2 * (36 // batch), 10, batch, 100)  # of three classes all are among the first five
+    tops, base = [float(top) for top in re.findall(r"top-1 (\S+) %", text)], result["lr"] * batch / 256
+    found = result["images"], result["batch"], result["epochs"], result["top5"]
+    assert found == (10, batch, len(tops), 100)  # of three classes all are among the first five
     assert (result["top1"], result["best_top1"]) == pytest.approx((tops[-1], max(tops)), abs=0.006)
-    assert steps == [(kind, linear_eval.learning_rate(result["protocol"], i / n, base), 0.9) for i in range(n)]
-    assert equal(nets[0][0].state_dict(), saved(tmp_path, "net.pt"))
+    assert steps == [(kind, pytest.approx(base * rate, rel=1e-5), 0.9) for rate in rates]
+    assert_same(nets[0][0].state_dict(), saved(tmp_path, "net.pt"))
     assert evaluate(line + "".join(f" --{key} {result[key]}" for key in ("batch", "epochs", "lr")), capsys)[0] == text
 
 
@@ -1397,7 +1265,7 @@ def test_the_method_on_a_page(monkeypatch, capsys):
     exec(text, page)
     line = r"epoch \d: loss -?\d\.\d\d, nearest neighbour \d+\.\d %\n"
     assert re.fullmatch(f"({line}){{5}}", capsys.readouterr().out)
-    p, z, p_hat, z_hat = vectors(4)
+    p, z, p_hat, z_hat = arguments(simsiam)
     ours, pasted = (loss(p, z, p_hat, z_hat) for loss in (simsiam.dssl_loss, page["dssl_loss"]))
     assert ours.item() == pytest.approx(pasted.item(), abs=1e-6)
     gradients = [torch.autograd.grad(loss, [*p, *p_hat]) for loss in (ours, pasted)]
@@ -1415,11 +1283,11 @@ def test_every_command():
         sys.modules[script].parse_args(shlex.split(flags))
 
 
-@cases("arch", ["small", "resnet18"])
-def test_features_of_own_images(arch, tmp_path, monkeypatch):
+def test_features_of_own_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(simsiam.make_backbone(arch, "cifar")[0].state_dict(), "backbone.pt")
-    red_image(tmp_path / "photo1.jpg"), red_image(tmp_path / "photo2.jpg")
+    torch.save(simsiam.make_backbone("small", "cifar")[0].state_dict(), "backbone.pt")
+    for name in ("photo1.jpg", "photo2.jpg"):
+        Image.new("RGB", (30, 20)).save(name)
     used = {}
     exec(block("read_centre").replace("runs/.../", ""), used)
     assert used["features"].shape == (2, used["d"]) and not used["features"].requires_grad and not used["net"].training
