@@ -64,7 +64,8 @@ def draw(out, title, curves, share):
         ends.append((xs[-1], mean[-1], f"{label}: {mean[-1]:.1f}", colour))
     (low, high), right = axes.get_ylim(), max(x for x, *_ in ends)
     for (x, end, text, colour), y in zip(ends, spread([end for _, end, *_ in ends], LINE * (high - low))):
-        axes.annotate(text, (right, y), (8, 0), textcoords="offset points", va="center", color=colour, weight="bold")
+        axes.annotate(text, (right, y), (8, 0), textcoords="offset points", va="center", color=colour, weight="bold",
+                      annotation_clip=False)  # also where it was moved above the axis
         if x < right:  # a shorter run: dots lead to its label
             axes.plot((x, right), (end, y), color=colour, linewidth=1.2, linestyle=":")
     axes.set_title(title, loc="left", weight="bold", size=12, pad=12)
