@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -186,6 +187,21 @@ def make_views(loader, args, epoch):
         hv = heavy(source) if beta or gamma or delta else source[:0]
         sv = sv if alpha or gamma or delta else sv[:0]
         yield [rearrange(x, "(v b) c h w -> v b c h w", b=len(crops)) for x in (sv, hv)]
+
+
+def record(model, args, device):
+    """Let forward() replay one CUDA graph and backward() another: launched one by one, kernels wait for the CPU.
+
+    A gradient is then the graph's own memory, which the next step overwrites: steps cannot accumulate gradients.
+    """
+    alpha, beta, gamma, delta = args.weights
+    sv, hv = (torch.zeros(2 * args.pairs * any(uses), args.batch, 3, args.size, args.size, device=device)
+              for uses in ((alpha, gamma, delta), (beta, gamma, delta)))
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS|The AccumulateGrad node's stream")  # both are harmless
+    with torch.autocast("cuda", torch.bfloat16, enabled=args.bf16, cache_enabled=False):  # a graph has no such cache
+        torch.cuda.make_graphed_callables(model, (sv, hv))
+    model.load_state_dict(before)  # passes before the recording have changed BN's statistics
 
 
 def train_epoch(epoch, ddp, optimizer, loader, args, out):
@@ -474,6 +490,8 @@ def train(args):
     model = SimCLR(args).to(device, memory_format=torch.channels_last)  # 1.5 times as fast on CPU
     if device.type == "cuda" and world > 1:  # SyncBatchNorm exists on GPUs alone
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif device.type == "cuda":
+        record(model, args, device)
     ddp = nn.parallel.DistributedDataParallel(model)
     ddp.broadcast_buffers = False  # once an epoch will do; the argument of this name is deprecated
     Optimizer = LARS if args.lars else torch.optim.SGD

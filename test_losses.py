@@ -8,6 +8,7 @@ Several ranks: `pytest -k ranks`, or all but these: `pytest -k "not ranks"`. Wha
 import contextlib
 import copy
 import functools
+import gc
 import importlib
 import inspect
 import io
@@ -20,6 +21,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import weakref
 from collections import defaultdict
 from pathlib import Path
 
@@ -1046,6 +1048,43 @@ def test_run_on_cuda(m, folder, tmp_path):
     with torch.autocast("cuda", torch.bfloat16):
         half = projections(nn.SyncBatchNorm.convert_sync_batchnorm(net)([x], []))[0]
     assert F.cosine_similarity(full, half.float(), dim=-1).mean() > 0.98
+
+
+@each_method
+@cases("weights", ["1 0 1 0", "1 0 0 0", "0 1 0 0"])
+def test_record(m, weights, folder, tmp_path, monkeypatch):
+    """It records batches of the very shapes that steps have, and leaves BN's statistics as they were."""
+    def warm_up(model, views):
+        shapes.extend(x.shape for x in views)
+        model(*views)
+
+    shapes = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", warm_up)
+    args = m.parse_args(f"--size 16 --batch 12 --pairs 2 --weights {weights}".split())
+    net = m.__dict__[METHODS[m.__name__]](args)
+    before = copy.deepcopy(net.state_dict())
+    m.record(net, args, torch.device("cpu"))
+    assert_same(net.state_dict(), before)
+    loader = TrainLoader(load_folder(folder)[0], 12, 4, 16)
+    simsiam.join()
+    assert shapes == [x.shape for x in next(m.make_views(loader, args, 1))]
+
+
+@needs_cuda
+@each_method
+@cases("flags", ["", "--weights 0 1 0 0 --pairs 2", "--weights 1 0 0 0"])
+def test_recorded_steps_on_cuda(m, flags, folder, tmp_path, monkeypatch):
+    """A run that replays graphs is the run that launches kernels, up to rounding; in the end its graphs are gone."""
+    models, real = [], m.record
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        for name, record in (("launched", lambda *_: None), ("recorded", real)):
+            monkeypatch.setattr(m, "record", lambda net, *rest: models.append(weakref.ref(net)) or record(net, *rest))
+            run(m, folder, tmp_path / name, f"--no-bf16 {flags}")
+    a, b = (saved(tmp_path / name, "checkpoint.pt") for name in ("launched", "recorded"))
+    torch.testing.assert_close(a["model"], b["model"], rtol=0.02, atol=0.002)
+    assert [x.get("loss") for x in a["history"]] == pytest.approx([x.get("loss") for x in b["history"]], abs=1e-3)
+    gc.collect()
+    assert [net() for net in models] == [None, None]
 
 
 def test_save_and_load(tmp_path, monkeypatch):

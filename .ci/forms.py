@@ -1,6 +1,6 @@
-"""Forms of a step that may hide its launches on a GPU, each beside the scripts as they are: none of them is in these.
+"""Forms of a step that hide its launches on a GPU: the scripts have "graph", and each is shown beside the first named.
 
-    python .ci/forms.py [--script byol_dssl] [--recipe imagenet] [--forms now graph ...]
+    python .ci/forms.py [--script byol_dssl] [--recipe imagenet] [--forms launched graph ...]
 
 Each form is a real run, train() in a process of its own, of two epochs of 60 steps on pixels in memory; the second
 epoch's rate, as the log has it, counts. The loss of a form must be the first form's up to rounding. On a CPU only what
@@ -25,21 +25,9 @@ STEPS = 60
 BATCH = {"cifar10": 512, "imagenet": 64, "glyphs": 32}
 
 
-def graph(m, args):
-    """Forward and backward of the whole model as CUDA graphs, captured before DDP wraps the model."""
-    wrap = torch.nn.parallel.DistributedDataParallel
-
-    def graphed(model):
-        before = {key: x.clone() for key, x in model.state_dict().items()}  # warm-up passes change BN's statistics
-        heavy = any(args.weights[1:])
-        n = 2 * args.pairs
-        sv, hv = (torch.zeros(n * there, args.batch, 3, args.size, args.size, device="cuda") for there in (1, heavy))
-        with torch.autocast("cuda", torch.bfloat16, enabled=args.bf16, cache_enabled=False):
-            torch.cuda.make_graphed_callables(model, (sv, hv))
-        model.load_state_dict(before)  # in place
-        return wrap(model)
-
-    torch.nn.parallel.DistributedDataParallel = graphed
+def launched(m, args):
+    """Kernel by kernel, without the graphs that the scripts record."""
+    m.record = lambda *_: None
 
 
 def ahead(m, args):
@@ -107,21 +95,25 @@ def no_cache(m, args):
 
 
 FORMS = {
-    "now": (), "graph": (graph,), "ahead": (ahead,), "graph+ahead": (graph, ahead), "no-ddp": (no_ddp,),
-    "no-cache": (no_cache,), "no-views": (no_views,), "graph+no-views": (graph, no_views), "compiled": (compiled,),
+    "launched": (launched,), "graph": (), "ahead": (launched, ahead), "graph+ahead": (ahead,),
+    "no-ddp": (launched, no_ddp), "no-cache": (launched, no_cache), "no-views": (launched, no_views),
+    "graph+no-views": (no_views,), "compiled": (launched, compiled), "graph+compiled": (compiled,),
 }
 
 
-def train(_, form, script, flags, images, out):
+def train(_, form, script, flags, images, out, table):
     """What the user runs, with the form's changes."""
     m = importlib.import_module(script)
     args = m.parse_args([*flags, "--out", out])
     augment.load_data = lambda *_, **__: (augment.Data(images, torch.arange(len(images)) % 10, list("0123456789")),) * 2
     for change in FORMS[form]:
         change(m, args)
-    with contextlib.redirect_stdout(None):
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if table else None
+    with contextlib.redirect_stdout(None), profile or contextlib.nullcontext():
         m.train(args)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0
+    if table:
+        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
     Path(out, "peak").write_text(str(peak))
     dist.destroy_process_group()
 
@@ -133,6 +125,7 @@ def main():
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--flags", default="", help="more of the script's, such as '--weights 1 0 0 0 --pairs 2'")
+    parser.add_argument("--profile", action="store_true", help="print which kernels take how long")
     args = parser.parse_args()
     batch = BATCH[args.recipe]
     flags = ["--data", args.recipe, "--batch", str(batch), "--epochs", "2", "--warmup", "0", "--knn-every", "9"]
@@ -146,7 +139,7 @@ def main():
     for form in args.forms:
         with tempfile.TemporaryDirectory() as out:
             try:
-                torch.multiprocessing.spawn(train, (form, args.script, flags, images, out))
+                torch.multiprocessing.spawn(train, (form, args.script, flags, images, out, args.profile))
             except Exception as error:  # the other forms are still worth their time
                 print(f"  {form:14} fails: {str(error).strip().splitlines()[-1][:150]}", flush=True)
                 continue

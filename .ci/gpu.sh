@@ -5,11 +5,11 @@
 #     .ci/gpu.sh CIFAR [FOLDER [EPOCHS]]
 #
 # CIFAR: a folder with train/<class>/* and test/<class>/*, or an archive of it. FOLDER (runs/gpu) keeps everything;
-# where OUT is set, the logs are packed there as they grow. EPOCHS (30) of CIFAR-10's recipe for each arm.
+# where OUT is set, the logs are packed there as they grow. EPOCHS (40) of CIFAR-10's recipe for each arm.
 set -euo pipefail
 cifar=$(realpath "$1")
 folder=$(realpath -m "${2:-runs/gpu}")
-epochs=${3:-30}
+epochs=${3:-40}
 cd "$(dirname "$0")/.."
 mkdir -p "$folder/data" "$folder/logs"
 
@@ -21,15 +21,15 @@ if [ -n "${OUT:-}" ]; then  # one small file, again and again: whatever ends thi
     trap 'sleep 6; kill %1' EXIT
 fi
 
-once() {  # NAME COMMAND...: its output in logs/NAME.txt, once it has ended well
-    [ -e "$folder/logs/$1.txt" ] && return
-    echo "== $1: ${*:2}"
-    if "${@:2}" > "$folder/part" 2>&1; then
-        (echo "# ${*:2}"; cat "$folder/part") > "$folder/logs/$1.txt"
+once() {  # NAME COMMAND...: its output in logs/NAME.txt, or NAME-failed.txt; neither is run again
+    [ -e "$folder/logs/$1.txt" ] || [ -e "$folder/logs/$1-failed.txt" ] && return
+    echo "$(date +%T) == $1: ${*:2}"
+    if "${@:2}" > "$folder/part-$1" 2>&1; then
+        (echo "# ${*:2}"; cat "$folder/part-$1") > "$folder/logs/$1.txt"
     else
-        (echo "# failed: ${*:2}"; cat "$folder/part") > "$folder/logs/$1-failed.txt"
+        (echo "# failed: ${*:2}"; cat "$folder/part-$1") > "$folder/logs/$1-failed.txt"
     fi
-    tail -n 12 "$folder/part"
+    tail -n 12 "$folder/part-$1"
 }
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || echo "no GPU: this shows only that the script runs"
@@ -40,24 +40,39 @@ elif [ ! -e "$folder/data/cifar10" ]; then
     tar -xf "$cifar" -C "$folder/data/part" && mv "$folder/data/part" "$folder/data/cifar10"
 fi
 
-# 1. a step's forms, SimSiam at CIFAR-10's and at ImageNet's size, then a graph for the other methods
-once forms-cifar10 python3 .ci/forms.py
-once forms-imagenet python3 .ci/forms.py --recipe imagenet --forms now graph ahead graph+ahead no-views
-once forms-byol python3 .ci/forms.py --script byol_dssl --forms now graph
-once forms-simclr python3 .ci/forms.py --script simclr_dssl --forms now graph
-
-# 2. CIFAR-10's recipe as it stands: DSSL against two pairs
-arm() {  # NAME FLAGS...
-    local name="e$epochs-$1-seed0" data=(--data cifar10 --root "$folder/data")
-    local flags=("${data[@]}" --epochs "$epochs" --knn-every 10 "${@:2}")
-    once "$name" python3 simsiam_dssl.py "${flags[@]}" --out "$folder/$name"
-    once "$name-linear" python3 linear_eval.py "$folder/$name/backbone.pt" "${data[@]}" --epochs 10 --lr 3
+# the scripts as they are, but CIFAR-10's images are decoded once, not in each run
+script() { python3 .ci/cached.py "$folder/data/cifar10.bin" "$@"; }
+data=(--data cifar10 --root "$folder/data")
+arm() {  # NAME LR EPOCHS FLAGS...
+    local name="$1-resnet18-lr$2-$3epochs-seed0"
+    once "$name" script simsiam_dssl.py "${data[@]}" --lr "$2" --epochs "$3" --knn-every 5 "${@:4}" --out "$folder/$name"
+    once "$name-linear" script linear_eval.py "$folder/$name/backbone.pt" "${data[@]}" --epochs 10 --lr 3
 }
-arm dssl
-arm pairs --weights 1 0 0 0 --pairs 2
 
-# 3. the tests that need CUDA
+[ -e "$folder/data/cifar10.bin" ] || taskset -c "$(($(nproc) / 2))-$(($(nproc) - 1))" python3 - "$folder/data" <<'END' &
+import sys
+from pathlib import Path
+sys.path.insert(0, ".ci")
+import cached
+cached.file = Path(sys.argv[1], "cifar10.bin")
+cached.load_data("cifar10", sys.argv[1], 32)
+END
+decoding=$!
+
+# 1. the tests that need CUDA
 once tests python3 -m pytest -q -m skipif
+wait $decoding || true
+
+# 2. CIFAR-10: DSSL against two pairs at a rate higher than the recipe's, at which both learnt faster
+arm simsiam-dssl 0.06 "$epochs"
+arm simsiam-pairs 0.06 "$epochs" --weights 1 0 0 0 --pairs 2
+
+# 3. what a graph brings at ImageNet's size and to the other methods, which kernels take how long, and the other forms
+once forms-imagenet python3 .ci/forms.py --recipe imagenet --forms launched graph --steps 40
+once forms-byol python3 .ci/forms.py --script byol_dssl --forms launched graph --steps 40
+once forms-simclr python3 .ci/forms.py --script simclr_dssl --forms launched graph --steps 40
+once profile python3 .ci/forms.py --forms graph --steps 20 --profile
+once forms-more python3 .ci/forms.py --forms graph compiled graph+compiled no-ddp no-cache no-views
 
 # 4. one pair for twice the epochs, at the same cost: on letters it is level with DSSL
-arm plain-twice --weights 1 0 0 0 --epochs $((2 * epochs))
+arm simsiam-plain 0.06 $((2 * epochs)) --weights 1 0 0 0
