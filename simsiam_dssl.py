@@ -142,7 +142,7 @@ def make_views(loader, args, epoch):
         yield [rearrange(x, "(v b) c h w -> v b c h w", b=len(crops)) for x in (sv, hv)]
 
 
-def record(model, args, device):
+def record_graphs(model, args, device):
     """Let forward() replay one CUDA graph and backward() another: launched one by one, kernels wait for the CPU.
 
     A gradient is then the graph's own memory, which the next step overwrites: steps cannot accumulate gradients.
@@ -438,7 +438,7 @@ def train(args):
     if device.type == "cuda" and world > 1:  # SyncBatchNorm exists on GPUs alone
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     elif device.type == "cuda":
-        record(model, args, device)
+        record_graphs(model, args, device)
     ddp = nn.parallel.DistributedDataParallel(model)
     ddp.broadcast_buffers = False  # once an epoch will do; the argument of this name is deprecated
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.wd)

@@ -208,7 +208,7 @@ def bare(flags, steps):
     settings = simsiam_dssl.parse_args(flags)
     model = simsiam_dssl.SimSiam(settings).to(DEVICE, memory_format=torch.channels_last)
     if CUDA:
-        simsiam_dssl.record(model, settings, DEVICE)
+        simsiam_dssl.record_graphs(model, settings, DEVICE)
     ddp = torch.nn.parallel.DistributedDataParallel(model)
     ddp.broadcast_buffers = False
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=settings.wd)
