@@ -13,6 +13,7 @@ Dimensions: v views, b images on this rank, c channels, h × w pixels, d feature
 import argparse
 import atexit
 import copy
+import gc
 import io
 import json
 import math
@@ -161,15 +162,16 @@ def make_views(loader, args, epoch):
 
 
 def record_graphs(model, args, device):
-    """Let forward() replay one CUDA graph and backward() another: launched one by one, kernels wait for the CPU.
+    """Record the kernels of forward and of backward: on a GPU, launching them one by one takes longer than they do.
 
-    A gradient is then the graph's own memory, which the next step overwrites: steps cannot accumulate gradients.
+    Each step then repeats these CUDA graphs: forward()'s lines run no more, and outputs and gradients are overwritten.
     """
+    gc.collect()  # the memory of an earlier run in this process, whose graphs are in a cycle of references
     alpha, beta, gamma, delta = args.weights
     sv, hv = (torch.zeros(2 * args.pairs * any(uses), args.batch, 3, args.size, args.size, device=device)
               for uses in ((alpha, gamma, delta), (beta, gamma, delta)))
     before = {key: x.clone() for key, x in model.state_dict().items()}
-    warnings.filterwarnings("ignore", "Attempting to run cuBLAS|The AccumulateGrad node's stream")  # both are harmless
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS|The AccumulateGrad node's stream")  # neither is a fault
     with torch.autocast("cuda", torch.bfloat16, enabled=args.bf16, cache_enabled=False):  # a graph has no such cache
         torch.cuda.make_graphed_callables(model, (sv, hv))
     model.load_state_dict(before)  # passes before the recording have changed BN's statistics
@@ -460,7 +462,7 @@ def train(args):
     model = BYOL(args).to(device, memory_format=torch.channels_last)  # 1.5 times as fast on CPU
     if device.type == "cuda" and world > 1:  # SyncBatchNorm exists on GPUs alone
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif device.type == "cuda":
+    elif device.type == "cuda":  # to debug the model, leave this out
         record_graphs(model, args, device)
     ddp = nn.parallel.DistributedDataParallel(model)
     ddp.broadcast_buffers = False  # once an epoch will do; the argument of this name is deprecated

@@ -1,6 +1,6 @@
 """A script with its flags, but the images of --data are read once and kept in FILE as they are in memory.
 
-    python .ci/cached.py FILE SCRIPT FLAGS...
+    python .ci/cached.py FILE SCRIPT FLAGS...  # one FILE for each data set and size
 """
 import sys
 from pathlib import Path

@@ -111,7 +111,7 @@ def train(_, form, script, flags, images, out, table):
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if table else None
     with contextlib.redirect_stdout(None), profile or contextlib.nullcontext():
         m.train(args)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0
+    peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0
     if table:
         print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
     Path(out, "peak").write_text(str(peak))

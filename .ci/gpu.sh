@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that a GPU is needed for, in the order of its worth, within a quarter of an hour. Run it again to go on: what is
-# done is not done again, and a training run goes on after its last whole epoch.
+# All that a GPU is needed for, in the order of its worth; a quarter of an hour is enough for the first two parts. Run it
+# again to go on: what has ended is not run again, and a training run goes on after its last whole epoch.
 #
 #     .ci/gpu.sh CIFAR [FOLDER [EPOCHS]]
 #
@@ -21,12 +21,12 @@ if [ -n "${OUT:-}" ]; then  # one small file, again and again: whatever ends thi
     trap 'sleep 6; kill %1' EXIT
 fi
 
-once() {  # NAME COMMAND...: its output in logs/NAME.txt, or NAME-failed.txt; neither is run again
+once() {  # NAME COMMAND...: its output in logs/NAME.txt, or NAME-failed.txt unless a signal ended it
     [ -e "$folder/logs/$1.txt" ] || [ -e "$folder/logs/$1-failed.txt" ] && return
     echo "$(date +%T) == $1: ${*:2}"
     if "${@:2}" > "$folder/part-$1" 2>&1; then
         (echo "# ${*:2}"; cat "$folder/part-$1") > "$folder/logs/$1.txt"
-    else
+    elif [ $? -lt 128 ]; then
         (echo "# failed: ${*:2}"; cat "$folder/part-$1") > "$folder/logs/$1-failed.txt"
     fi
     tail -n 12 "$folder/part-$1"
