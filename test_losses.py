@@ -1051,7 +1051,7 @@ def test_run_on_cuda(m, folder, tmp_path):
 
 
 @each_method
-@cases("weights", ["1 0 1 0", "1 0 0 0", "0 1 0 0"])
+@cases("weights", TERMS)
 def test_record_graphs(m, weights, folder, tmp_path, monkeypatch):
     """It records batches of the very shapes that steps have, and leaves BN's statistics as they were."""
     def warm_up(model, views):
@@ -1060,7 +1060,7 @@ def test_record_graphs(m, weights, folder, tmp_path, monkeypatch):
 
     shapes = []
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", warm_up)
-    args = m.parse_args(f"--size 16 --batch 12 --pairs 2 --weights {weights}".split())
+    args = m.parse_args(["--size", "16", "--batch", "12", "--pairs", "2", "--weights", *map(str, weights)])
     net = m.__dict__[METHODS[m.__name__]](args)
     before = copy.deepcopy(net.state_dict())
     m.record_graphs(net, args, torch.device("cpu"))
