@@ -146,15 +146,15 @@ def make_views(loader, args, epoch):
 def record_graphs(model, args, device):
     """Record the kernels of forward and of backward: on a GPU, launching them one by one takes longer than they do.
 
-    Each step then repeats these CUDA graphs: forward()'s lines run no more, and outputs and gradients are overwritten.
+    Each step then repeats these CUDA graphs: forward()'s lines run no more, outputs and gradients last for one step.
     """
-    gc.collect()  # the memory of an earlier run in this process, whose graphs are in a cycle of references
+    gc.collect()  # or the graphs of an earlier run in this process keep their memory
     alpha, beta, gamma, delta = args.weights
     sv, hv = (torch.zeros(2 * args.pairs * any(uses), args.batch, 3, args.size, args.size, device=device)
               for uses in ((alpha, gamma, delta), (beta, gamma, delta)))
     before = {key: x.clone() for key, x in model.state_dict().items()}
-    warnings.filterwarnings("ignore", "Attempting to run cuBLAS|The AccumulateGrad node's stream")  # neither is a fault
-    with torch.autocast("cuda", torch.bfloat16, enabled=args.bf16, cache_enabled=False):  # a graph has no such cache
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS|The AccumulateGrad node's stream")  # neither does harm
+    with torch.autocast("cuda", torch.bfloat16, enabled=args.bf16, cache_enabled=False):  # graphs allow no cache
         torch.cuda.make_graphed_callables(model, (sv, hv))
     model.load_state_dict(before)  # passes before the recording have changed BN's statistics
 

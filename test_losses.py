@@ -1061,7 +1061,7 @@ def test_record_graphs(m, weights, folder, tmp_path, monkeypatch):
     shapes = []
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", warm_up)
     args = m.parse_args(["--size", "16", "--batch", "12", "--pairs", "2", "--weights", *map(str, weights)])
-    net = m.__dict__[METHODS[m.__name__]](args)
+    net = model(m)
     before = copy.deepcopy(net.state_dict())
     m.record_graphs(net, args, torch.device("cpu"))
     assert_same(net.state_dict(), before)

@@ -10,8 +10,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import augment  # noqa: E402
 
-file = None
-
 
 def load_data(*args, read=augment.load_data, **kwargs):
     if file.exists():

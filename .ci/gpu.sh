@@ -5,7 +5,7 @@
 #     .ci/gpu.sh CIFAR [FOLDER [EPOCHS]]
 #
 # CIFAR: a folder with train/<class>/* and test/<class>/*, or an archive of it. FOLDER (runs/gpu) keeps everything;
-# where OUT is set, the logs are packed there as they grow. EPOCHS (40) of CIFAR-10's recipe for each arm.
+# where OUT is set, the logs are packed there as they grow. EPOCHS (40) for each arm.
 set -euo pipefail
 cifar=$(realpath "$1")
 folder=$(realpath -m "${2:-runs/gpu}")
@@ -49,19 +49,8 @@ arm() {  # NAME LR EPOCHS FLAGS...
     once "$name-linear" script linear_eval.py "$folder/$name/backbone.pt" "${data[@]}" --epochs 10 --lr 3
 }
 
-[ -e "$folder/data/cifar10.bin" ] || taskset -c "$(($(nproc) / 2))-$(($(nproc) - 1))" python3 - "$folder/data" <<'END' &
-import sys
-from pathlib import Path
-sys.path.insert(0, ".ci")
-import cached
-cached.file = Path(sys.argv[1], "cifar10.bin")
-cached.load_data("cifar10", sys.argv[1], 32)
-END
-decoding=$!
-
 # 1. the tests that need CUDA
 once tests python3 -m pytest -q -m skipif
-wait $decoding || true
 
 # 2. CIFAR-10: DSSL against two pairs at a rate higher than the recipe's, at which both learnt faster
 arm simsiam-dssl 0.06 "$epochs"
