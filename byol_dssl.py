@@ -37,7 +37,7 @@ import augment
 
 def D(p, z):
     """Negative cosine similarity in float32, (b, d) and (b, d) → scalar in [-1, 1]. The target z gets no gradient."""
-    return -F.cosine_similarity(p.float(), z.detach().float(), dim=-1).mean()
+    return -F.cosine_similarity(p.float(), z.detach().float(), dim=1).mean()
 
 
 def dssl_loss(p, z, p_hat=None, z_hat=None, weights=(1, 0, 1, 0)):
@@ -168,8 +168,9 @@ def record_graphs(model, args, device):
     """
     gc.collect()  # or the graphs of an earlier run in this process keep their memory
     alpha, beta, gamma, delta = args.weights
-    sv, hv = (torch.zeros(2 * args.pairs * any(uses), args.batch, 3, args.size, args.size, device=device)
-              for uses in ((alpha, gamma, delta), (beta, gamma, delta)))
+    n, shape = 2 * args.pairs, (args.batch, 3, args.size, args.size)
+    sv = torch.zeros(n if alpha or gamma or delta else 0, *shape, device=device)  # as many as make_views gives
+    hv = torch.zeros(n if beta or gamma or delta else 0, *shape, device=device)
     before = {key: x.clone() for key, x in model.state_dict().items()}
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS|The AccumulateGrad node's stream")  # neither does harm
     with torch.autocast("cuda", torch.bfloat16, enabled=args.bf16, cache_enabled=False):  # graphs allow no cache
@@ -260,7 +261,7 @@ def gather(x):
         return x
     parts = x.new_empty(dist.get_world_size(), *x.shape)
     parts[dist.get_rank()] = x
-    for rank, part in enumerate(parts):  # all_gather would, on CPU, start threads that slow torch's for good
+    for rank, part in enumerate(parts):  # all_gather of so much would, on CPU, start threads that slow torch's for good
         dist.broadcast(part, rank)
     return parts.flatten(0, 1)
 
@@ -278,7 +279,7 @@ def knn_accuracy(backbone, bank_loader, query_loader, classes, k=200, bf16=False
 # ------------------------------------------------------------ recipes
 # --data names one, any flag overrides its entry. lr is for a batch of 256 and scales with --batch: glyphs' 32 images a
 # step have 0.06. Glyphs: found by trial, for a few minutes on two CPU cores.
-# CIFAR-10 and ImageNet: optimizer and schedule are SimSiam's (§4.1), heads BYOL's, the ema DSSL's released code's.
+# CIFAR-10 and ImageNet: optimizer and schedule are SimSiam's (§4.1), heads and ema DSSL's released code's.
 
 RECIPES = {
     "glyphs": dict(

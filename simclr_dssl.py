@@ -36,7 +36,7 @@ import augment
 
 def D(p, z):
     """Negative cosine similarity in float32, (b, d) and (b, d) → scalar in [-1, 1]. The target z gets no gradient."""
-    return -F.cosine_similarity(p.float(), z.detach().float(), dim=-1).mean()
+    return -F.cosine_similarity(p.float(), z.detach().float(), dim=1).mean()
 
 
 def nt_xent(z1, z2, temperature):
@@ -197,8 +197,9 @@ def record_graphs(model, args, device):
     """
     gc.collect()  # or the graphs of an earlier run in this process keep their memory
     alpha, beta, gamma, delta = args.weights
-    sv, hv = (torch.zeros(2 * args.pairs * any(uses), args.batch, 3, args.size, args.size, device=device)
-              for uses in ((alpha, gamma, delta), (beta, gamma, delta)))
+    n, shape = 2 * args.pairs, (args.batch, 3, args.size, args.size)
+    sv = torch.zeros(n if alpha or gamma or delta else 0, *shape, device=device)  # as many as make_views gives
+    hv = torch.zeros(n if beta or gamma or delta else 0, *shape, device=device)
     before = {key: x.clone() for key, x in model.state_dict().items()}
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS|The AccumulateGrad node's stream")  # neither does harm
     with torch.autocast("cuda", torch.bfloat16, enabled=args.bf16, cache_enabled=False):  # graphs allow no cache
@@ -291,7 +292,7 @@ def gather(x):
         return x
     parts = x.new_empty(dist.get_world_size(), *x.shape)
     parts[dist.get_rank()] = x
-    for rank, part in enumerate(parts):  # all_gather would, on CPU, start threads that slow torch's for good
+    for rank, part in enumerate(parts):  # all_gather of so much would, on CPU, start threads that slow torch's for good
         dist.broadcast(part, rank)
     return parts.flatten(0, 1)
 

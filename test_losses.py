@@ -160,6 +160,8 @@ def test_terms_by_hand(m):
     assert m.dssl_loss(*pairs, *temperature).item() == pytest.approx(expected[0] + expected[2], abs=1e-5)
     plain = m.dssl_loss(*pairs[: len(pairs) // 2], weights=(1, 0, 0, 0)).item()  # without HVs
     assert plain == pytest.approx(naive_nt_xent(*z, 0.5) if temperature else expected[0], abs=1e-5)
+    with pytest.raises(IndexError):  # tensors for pairs, of which only two rows would count
+        m.dssl_loss(*[x for x, _ in pairs], *temperature)
 
 
 @each_method
