@@ -1080,15 +1080,16 @@ def test_recorded_steps_on_cuda(m, flags, folder, tmp_path, monkeypatch):
     graphs, replay = [], torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(
         torch.cuda.CUDAGraph, "replay", lambda graph: graphs.append(weakref.ref(graph)) or replay(graph))
+    flags += " --no-bf16 --lr 0.05"  # at a higher rate a ReLU that rounding tips over moves weights by too much
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        run(m, folder, tmp_path / "recorded", f"--no-bf16 {flags}")
+        run(m, folder, tmp_path / "recorded", flags)
         monkeypatch.setattr(m, "record_graphs", lambda *_: None)
-        run(m, folder, tmp_path / "launched", f"--no-bf16 {flags}")
-    a, b = (saved(tmp_path / name, "checkpoint.pt") for name in ("launched", "recorded"))
-    torch.testing.assert_close(a["model"], b["model"], rtol=0.02, atol=0.002)
-    assert [x.get("loss") for x in a["history"]] == pytest.approx([x.get("loss") for x in b["history"]], abs=1e-3)
+        run(m, folder, tmp_path / "launched", flags)
     gc.collect()
     assert len(graphs) == 12 and not any(graph() for graph in graphs)  # forward's and backward's, in six steps
+    a, b = (saved(tmp_path / name, "checkpoint.pt") for name in ("launched", "recorded"))
+    torch.testing.assert_close(a["model"], b["model"], rtol=0.005, atol=0.0005)
+    assert [x.get("loss") for x in a["history"]] == pytest.approx([x.get("loss") for x in b["history"]], abs=1e-3)
 
 
 def test_save_and_load(tmp_path, monkeypatch):
