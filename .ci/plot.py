@@ -3,10 +3,10 @@
     python .ci/plot.py OUT.svg "title" LABEL=LOG[,LOG...] [LABEL=LOG[,LOG...] ...] [--share]
 
 A log is a run's log.jsonl: one object a line with "epoch" and, where it was measured, "knn". Several logs of one label
-are seeds: a thin line each and, where they are more than three, a thick one for their mean at the epochs that all of
-them have. On the right stand each label and its last value, or those of up to three seeds. --share: x is the share of
-training, where a log's last epoch is all of it, so that runs of different lengths can be compared. The same logs give
-the same bytes. It needs matplotlib, as nothing else here does:
+are seeds: a thin line each and, unless they end far apart, a thick one for their mean at the epochs that all of them
+have. On the right stand each label and its last value, or the range of the seeds'. --share: x is the share of training,
+where a log's last epoch is all of it, so that runs of different lengths can be compared. The same logs give the same
+bytes. It needs matplotlib, as nothing else here does:
 
     pip install matplotlib && python .ci/plot.py glyphs.svg "SimSiam on letters and digits" \\
         DSSL=$(echo .results/glyphs/5-epochs/simsiam-dssl-lr0.48-seed[01289].jsonl | tr " " ,) ...
@@ -61,9 +61,9 @@ def draw(out, title, curves, share):
         mean = [sum(seed[x] for seed in seeds) / len(seeds) for x in xs]
         for seed in seeds if len(seeds) > 1 else ():
             axes.plot(*zip(*sorted(seed.items())), color=colour, linewidth=1.2, alpha=0.7)
-        if 1 < len(seeds) < 4:  # a mean of so few may look like none of them
-            last = [seed[xs[-1]] for seed in seeds]
-            ends.append((xs[-1], min(last), f"{label}: {', '.join(f'{y:.1f}' for y in last)}", colour))
+        low, high = (extreme(seed[xs[-1]] for seed in seeds) for extreme in (min, max))
+        if high - low > 20:  # their mean would look like none of them
+            ends.append((xs[-1], low, f"{label}: {low:.1f} to {high:.1f}", colour))
             continue
         axes.plot(xs, mean, color=colour, linewidth=2.4, marker="o", markersize=4, zorder=9 - len(ends))
         ends.append((xs[-1], mean[-1], f"{label}: {mean[-1]:.1f}", colour))
