@@ -642,7 +642,7 @@ class TrainLoader:
 
     batch is the global one: each rank gets its share of every global batch, and the last images that fill none are left
     to another epoch. The order comes from (seed, epoch) alone; a crop from these and, of streamed images, the image's
-    number, of those on the device step and rank. set_epoch chooses the epoch: without it all epochs are the same.
+    number, of those on the device step and rank. set_epoch chooses the epoch, or all are the same.
 
     Where images are streamed, the workers of torch's DataLoader (`stream`) call loader[i] for image i: the loader is
     also their data set, since it knows the seed and the epoch that the crops depend on. An image that cannot be read is

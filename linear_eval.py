@@ -136,7 +136,7 @@ def parse_args(argv=None):
     add("--recipe", choices=RECIPES, help="whose size and crops to take (default: --data's); a folder needs it")
     add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it (default: %(default)s)")
     add("--size", type=positive, help="pixels a side (default: glyphs 24, cifar10 32, imagenet 224)")
-    add("--protocol", choices=PROTOCOLS, help="default: lars for 409,600 images or more, else sgd (fitted to a folder)")
+    add("--protocol", choices=PROTOCOLS, help="optimizer and schedule (default: sgd, for 409,600 images or more lars)")
     add("--batch", type=positive, help="images a step, over all ranks (default: the protocol's, less for few images)")
     add("--epochs", type=positive, help="passes over the images (default: the protocol's, for glyphs 30)")
     add("--lr", type=nonnegative, help="learning rate for a batch of 256, with which it scales (default: output says)")

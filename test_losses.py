@@ -831,7 +831,7 @@ def test_target_follows_each_step(m, folder, tmp_path, monkeypatch):
 
 SCRIPTS = ["augment", "linear_eval", *METHODS]
 SHARED = ["D", "make_backbone", "positive", "count", "nonnegative", "spread", "knn_predict", "features", "gather",
-          "knn_accuracy", "learning_rate", "make_views", "say", "report", "join", "save", "load", "main"]
+          "knn_accuracy", "learning_rate", "make_views", "record_graphs", "say", "report", "join", "save", "load", "main"]
 
 
 def test_common_blocks_are_identical():
@@ -1052,9 +1052,8 @@ def test_run_on_cuda(m, folder, tmp_path):
     assert F.cosine_similarity(full, half.float(), dim=-1).mean() > 0.98
 
 
-@each_method
 @cases("weights", TERMS)
-def test_record_graphs(m, weights, folder, tmp_path, monkeypatch):
+def test_record_graphs(weights, folder, monkeypatch):
     """It records batches of the very shapes that steps have, and leaves BN's statistics as they were."""
     def warm_up(model, views):
         shapes.extend(x.shape for x in views)
@@ -1062,14 +1061,14 @@ def test_record_graphs(m, weights, folder, tmp_path, monkeypatch):
 
     shapes = []
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", warm_up)
-    args = m.parse_args(["--size", "16", "--batch", "12", "--pairs", "2", "--weights", *map(str, weights)])
-    net = model(m)
+    args = simsiam.parse_args(["--size", "16", "--batch", "12", "--pairs", "2", "--weights", *map(str, weights)])
+    net = model(simsiam)
     before = copy.deepcopy(net.state_dict())
-    m.record_graphs(net, args, torch.device("cpu"))
+    simsiam.record_graphs(net, args, torch.device("cpu"))
     assert_same(net.state_dict(), before)
     loader = TrainLoader(load_folder(folder)[0], 12, 4, 16)
     simsiam.join()
-    assert shapes == [x.shape for x in next(m.make_views(loader, args, 1))]
+    assert shapes == [x.shape for x in next(simsiam.make_views(loader, args, 1))]
 
 
 @needs_cuda
