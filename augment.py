@@ -211,7 +211,7 @@ SPACES = {
         "Solarize": (255, 0), "Color": (1, 1.9), "Contrast": (1, 1.9), "Brightness": (1, 1.9), "Sharpness": (1, 1.9),
         "ShearX": (0, 0.3), "ShearY": (0, 0.3), "TranslateX": (0, 150 / 331), "TranslateY": (0, 150 / 331),
     },
-    "uniform": {  # UniformAugment's 13, X and Y counted as one
+    "uniform": {  # UniformAugment's 13, two of which come as X and Y
         "ShearX": (-0.3, 0.3), "ShearY": (-0.3, 0.3), "TranslateX": (-0.45, 0.45), "TranslateY": (-0.45, 0.45),
         "Rotate": (-30, 30), "AutoContrast": (0, 0), "Invert": (0, 0), "Equalize": (0, 0), "Solarize": (0, 256),
         "Posterize": (4, 8), "Contrast": (0.1, 1.9), "Color": (0.1, 1.9), "Brightness": (0.1, 1.9),

@@ -69,7 +69,6 @@ def make_backbone(arch, stem):
 
     stem "cifar", for images of 32 px or so: the first convolution is 3 × 3 with stride 1, and there is no max-pool.
     "small" is our own: four basic blocks of 32 to 256 channels behind a 3 × 3 convolution with stride 2, for CPUs.
-    What is replaced here has torch's initialisation, the rest torchvision's (Kaiming's).
     """
     if arch == "small":
         net, d = ResNet(BasicBlock, [1, 1, 1, 1]), 256
@@ -106,6 +105,7 @@ class BYOL(nn.Module):
         p are predictions of the online network, z projections of the target network; the last that is returned are the
         online projections of all views. One view at a time, SVs first: BN statistics are those of one view, as in the
         original, in the target network too. All views in one call: DDP wants one forward for each backward.
+        On one GPU these lines run only to be recorded (`record_graphs`): a print then stays silent.
         """
         projections = [self.projector(self.backbone(x)) for x in [*sv, *hv]]
         p = [self.predictor(x) for x in projections]
@@ -332,18 +332,18 @@ def parse_args(argv=None):
     add("--pairs", type=positive, default=1, help="pairs of SVs, their losses summed; 2 cost what DSSL does")
     add("--hv-from", choices=["sv", "image"], default="sv", help="make HVs of the SVs they learn from or of new ones")
     add("--out", help="folder to write into and to go on from; without it, a new one under runs/")
-    add("--seed", type=count, default=0, help="of all that is random")
-    add("--workers", type=count, default=8, help="processes that read images, a rank")
-    add("--bf16", action=boolean, default=torch.cuda.is_bf16_supported(including_emulation=False), help="in bfloat16")
+    add("--seed", type=count, default=0, help="seed of all that is random")
+    add("--workers", type=count, default=8, help="processes that read images, for each rank")
+    add("--bf16", action=boolean, default=torch.cuda.is_bf16_supported(including_emulation=False), help="train in bf16")
 
     add("--arch", choices=["small", "resnet18", "resnet34", "resnet50", "resnet101"], help="backbone")
     add("--stem", choices=["cifar", "imagenet"], help="3 x 3 and no max-pool, or 7 x 7 and max-pool")
-    add("--size", type=positive, help="pixels a side of a view")
+    add("--size", type=positive, help="pixels of a view's side")
     add("--crop", type=nonnegative, help="smallest crop, as a share of the image's area")
     add("--flip", action=boolean, help="mirror SVs at random")
     add("--blur", action=boolean, help="blur SVs at random")
     add("--heavy", help="SV to HV: ra(n,m), ra(n,m,paper), ua, jigsaw(n); a+b: a, then b; 0.9*a|0.1*b: either")
-    add("--batch", type=positive, help="images a step, over all ranks")
+    add("--batch", type=positive, help="images per step, over all ranks")
     add("--epochs", type=positive, help="passes over the images")
     add("--lr", type=nonnegative, help="learning rate for a batch of 256; it scales with the batch")
     add("--wd", type=nonnegative, help="weight decay")
@@ -477,7 +477,9 @@ def train(args):
         out.mkdir(parents=True, exist_ok=bool(args.out))  # a new folder must not be another run's
         (out / "settings.json").write_text(json.dumps(vars(args) | settings, indent=2))
     say(f"{script} on {args.data!a}: {counts[0]:,} images, {f'kNN with k {k}' if monitor else 'no labels, so no kNN'}")
-    say(f"{args.weights} x (SV <-> SV, HV <-> HV, SV <- HV, HV <- SV), pairs {args.pairs}, heavy {args.heavy}")
+    terms = zip(args.weights, ("SV <-> SV", "HV <-> HV", "SV <- HV", "HV <- SV"))
+    loss = " + ".join(f"{weight:g} ({term})" for weight, term in terms if weight)
+    say(f"loss {loss}, pairs {args.pairs}, heavy views {args.heavy if any(args.weights[1:]) else 'none'}")
     say(f"{args.arch} at {args.size} px, batch {args.batch}, lr {args.lr * args.batch / 256:g}, "
         f"{args.epochs} epochs of {len(loader)} steps, {world} x {device.type}")
     say(f"if it is interrupted, the same command with --out {str(out)!a} goes on")
@@ -487,7 +489,7 @@ def train(args):
         if epoch > 0:
             entry |= train_epoch(epoch, ddp, optimizer, loader, args, out)
         if monitor and (epoch % args.knn_every == 0 or epoch == args.epochs):
-            say(f"epoch {epoch:3d}  the kNN monitor reads {sum(counts):,} images", live=True)
+            say(f"epoch {epoch:3d}  the kNN monitor reads {sum(counts):,} images", live=epoch > 0)
             entry["knn"] = knn_accuracy(model.backbone, *monitor, classes, k, args.bf16)
         history.append(entry)
         if rank == 0:

@@ -42,7 +42,6 @@ def make_backbone(arch, stem):
 
     stem "cifar", for images of 32 px or so: the first convolution is 3 × 3 with stride 1, and there is no max-pool.
     "small" is our own: four basic blocks of 32 to 256 channels behind a 3 × 3 convolution with stride 2, for CPUs.
-    What is replaced here has torch's initialisation, the rest torchvision's (Kaiming's).
     """
     if arch == "small":
         net, d = ResNet(BasicBlock, [1, 1, 1, 1]), 256
@@ -135,14 +134,14 @@ def parse_args(argv=None):
     add("--data", default="glyphs", help="glyphs (the default), cifar10, imagenet, or a folder of images")
     add("--recipe", choices=RECIPES, help="whose size and crops to take (default: --data's); a folder needs it")
     add("--root", default="data", help="the folder with cifar10/ and imagenet/ in it (default: %(default)s)")
-    add("--size", type=positive, help="pixels a side (default: glyphs 24, cifar10 32, imagenet 224)")
+    add("--size", type=positive, help="pixels of a side (default: glyphs 24, cifar10 32, imagenet 224)")
     add("--protocol", choices=PROTOCOLS, help="optimizer and schedule (default: sgd, for 409,600 images or more lars)")
-    add("--batch", type=positive, help="images a step, over all ranks (default: the protocol's, less for few images)")
+    add("--batch", type=positive, help="images per step, over all ranks (default: the protocol's, less for few images)")
     add("--epochs", type=positive, help="passes over the images (default: the protocol's, for glyphs 30)")
     add("--lr", type=nonnegative, help="learning rate for a batch of 256, with which it scales (default: output says)")
-    add("--seed", type=count, default=0, help="of all that is random (default: %(default)s)")
-    add("--workers", type=count, default=8, help="processes that read images, a rank (default: %(default)s)")
-    add("--bf16", action=boolean, default=torch.cuda.is_bf16_supported(including_emulation=False), help="in bfloat16")
+    add("--seed", type=count, default=0, help="seed of all that is random (default: %(default)s)")
+    add("--workers", type=count, default=8, help="processes that read images, for each rank (default: %(default)s)")
+    add("--bf16", action=boolean, default=torch.cuda.is_bf16_supported(including_emulation=False), help="in bf16")
     args = parser.parse_args(argv)
     args.recipe = args.recipe or args.data
     if args.recipe not in RECIPES:

@@ -1016,7 +1016,7 @@ def test_a_run_and_the_same_interrupted(m, folder, tmp_path, monkeypatch):
     with contextlib.redirect_stdout(io.StringIO()) as text:
         run(m, folder, out)
     entries, text, told = log(out), text.getvalue(), json.loads((out / "settings.json").read_text())
-    for said in ("[1.0, 0.0, 1.0, 0.0] x (SV <-> SV, HV <-> HV, SV <- HV, HV <- SV), pairs 1, heavy ra(2,9,paper)\n",
+    for said in ("loss 1 (SV <-> SV) + 1 (SV <- HV), pairs 1, heavy views ra(2,9,paper)\n",
                  "lr 0.0225, 2 epochs of 3 steps", f"--out {str(out)!a} goes on\n", f"loss {entries[2]['loss']:.4f}"):
         assert said in text and text.isascii()
     assert [entry["epoch"] for entry in entries] == [0, 1, 2]
