@@ -211,7 +211,7 @@ SPACES = {
         "Solarize": (255, 0), "Color": (1, 1.9), "Contrast": (1, 1.9), "Brightness": (1, 1.9), "Sharpness": (1, 1.9),
         "ShearX": (0, 0.3), "ShearY": (0, 0.3), "TranslateX": (0, 150 / 331), "TranslateY": (0, 150 / 331),
     },
-    "uniform": {  # UniformAugment's 13, two of which come as X and Y
+    "uniform": {  # UniformAugment's 13, two of them as X and Y
         "ShearX": (-0.3, 0.3), "ShearY": (-0.3, 0.3), "TranslateX": (-0.45, 0.45), "TranslateY": (-0.45, 0.45),
         "Rotate": (-30, 30), "AutoContrast": (0, 0), "Invert": (0, 0), "Equalize": (0, 0), "Solarize": (0, 256),
         "Posterize": (4, 8), "Contrast": (0.1, 1.9), "Color": (0.1, 1.9), "Brightness": (0.1, 1.9),
@@ -642,7 +642,7 @@ class TrainLoader:
 
     batch is the global one: each rank gets its share of every global batch, and the last images that fill none are left
     to another epoch. The order comes from (seed, epoch) alone; a crop from these and, of streamed images, the image's
-    number, of those on the device step and rank. set_epoch chooses the epoch, or all are the same.
+    number, of those on the device step and rank. Without set_epoch all are the first.
 
     Where images are streamed, the workers of torch's DataLoader (`stream`) call loader[i] for image i: the loader is
     also their data set, since it knows the seed and the epoch that the crops depend on. An image that cannot be read is

@@ -465,7 +465,7 @@ def train(args):
         if epoch > 0:
             entry |= train_epoch(epoch, ddp, optimizer, loader, args, out)
         if monitor and (epoch % args.knn_every == 0 or epoch == args.epochs):
-            say(f"epoch {epoch:3d}  the kNN monitor reads {sum(counts):,} images", live=epoch > 0)
+            say(f"epoch {epoch:3d}  the kNN monitor reads {sum(counts):,} images", live=epoch > 0)  # 0: also in logs
             entry["knn"] = knn_accuracy(model.backbone, *monitor, classes, k, args.bf16)
         history.append(entry)
         if rank == 0:

@@ -831,7 +831,8 @@ def test_target_follows_each_step(m, folder, tmp_path, monkeypatch):
 
 SCRIPTS = ["augment", "linear_eval", *METHODS]
 SHARED = ["D", "make_backbone", "positive", "count", "nonnegative", "spread", "knn_predict", "features", "gather",
-          "knn_accuracy", "learning_rate", "make_views", "record_graphs", "say", "report", "join", "save", "load", "main"]
+          "knn_accuracy", "learning_rate", "make_views", "record_graphs", "say", "report", "join", "save", "load",
+          "main"]
 
 
 def test_common_blocks_are_identical():
@@ -951,6 +952,7 @@ def test_what_is_forwarded_and_logged(m, flags, views, folder, tmp_path, monkeyp
     monkeypatch.setattr(m, "Gather", None, raising=False)  # for ranks alone: gloo's copies would slow torch down
     run(m, folder / "train" / "class1", tmp_path, "--epochs 1 --batch 6 --dim 16 " + flags)
     text, (_, entry) = capsys.readouterr().out, log(tmp_path)
+    assert ("heavy views none" in text) == (views[1] == 0)
     assert "knn" not in entry and "no labels, so no kNN" in text and text.endswith("backbone.pt'\n")  # no command
     weights, steps, n = list(map(float, flags.split()[1:5])), 6 if "--batch" in flags else 2, len(losses)
     assert n == steps * (2 if "--pairs" in flags else 1) and all(args[-1] == weights for args, _ in losses)
@@ -1016,8 +1018,8 @@ def test_a_run_and_the_same_interrupted(m, folder, tmp_path, monkeypatch):
     with contextlib.redirect_stdout(io.StringIO()) as text:
         run(m, folder, out)
     entries, text, told = log(out), text.getvalue(), json.loads((out / "settings.json").read_text())
-    for said in ("loss 1 (SV <-> SV) + 1 (SV <- HV), pairs 1, heavy views ra(2,9,paper)\n",
-                 "lr 0.0225, 2 epochs of 3 steps", f"--out {str(out)!a} goes on\n", f"loss {entries[2]['loss']:.4f}"):
+    for said in ("loss 1 (SV <-> SV) + 1 (SV <- HV), pairs 1, heavy views ra(2,9,paper)\n", "lr 0.0225, 2 epochs of 3 steps",
+                 f"--out {str(out)!a} goes on\nepoch   0  the kNN", f"loss {entries[2]['loss']:.4f}"):
         assert said in text and text.isascii()
     assert [entry["epoch"] for entry in entries] == [0, 1, 2]
     assert list(entries[1]) == "epoch loss std lr images_per_s seconds knn".split()
