@@ -1018,8 +1018,8 @@ def test_a_run_and_the_same_interrupted(m, folder, tmp_path, monkeypatch):
     with contextlib.redirect_stdout(io.StringIO()) as text:
         run(m, folder, out)
     entries, text, told = log(out), text.getvalue(), json.loads((out / "settings.json").read_text())
-    for said in ("loss 1 (SV <-> SV) + 1 (SV <- HV), pairs 1, heavy views ra(2,9,paper)\n", "lr 0.0225, 2 epochs of 3 steps",
-                 f"--out {str(out)!a} goes on\nepoch   0  the kNN", f"loss {entries[2]['loss']:.4f}"):
+    for said in ("loss 1 (SV <-> SV) + 1 (SV <- HV), pairs 1, heavy views ra(2,9,paper)\n", "2 epochs of 3 steps",
+                 "lr 0.0225, ", f"--out {str(out)!a} goes on\nepoch   0  the kNN", f"loss {entries[2]['loss']:.4f}"):
         assert said in text and text.isascii()
     assert [entry["epoch"] for entry in entries] == [0, 1, 2]
     assert list(entries[1]) == "epoch loss std lr images_per_s seconds knn".split()
